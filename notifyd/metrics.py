@@ -2,7 +2,7 @@
 
 Counting is plain arithmetic on slots, without the locks of prometheus_client's own values; that
 package only writes the text. Everything belongs to the event loop's thread. Count per dispatch, not
-per delivery: `metrics.deliveries_total.labels("websocket").inc(n)`, and keep the child that `labels`
+per delivery: `metrics.deliveries_total.labels("websocket").inc(n)`; keep the child that `labels`
 returned where the label values are known in advance.
 """
 
