@@ -374,6 +374,9 @@ class LogSettings(Section, frozen=True, kw_only=True):
     ] = "console"
 
 
+DEVELOPMENT_CHANNELS = ChannelSettings(rules={"*": ChannelRule(subscribe="any")})
+
+
 class Settings(Section, frozen=True, kw_only=True):
     """All of it. Development without channel rules gets one that lets anybody subscribe."""
 
@@ -390,8 +393,10 @@ class Settings(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if not self.production and not self.channels.rules:
-            anybody = ChannelSettings(rules={"*": ChannelRule(subscribe="any")})
-            msgspec.structs.force_setattr(self, "channels", anybody)
+            msgspec.structs.force_setattr(self, "channels", DEVELOPMENT_CHANNELS)
+        elif self.production and self.channels is DEVELOPMENT_CHANNELS:
+            # Made from development settings by `replace`: production never inherits that rule.
+            msgspec.structs.force_setattr(self, "channels", ChannelSettings())
 
     @property
     def production(self) -> bool:
@@ -449,7 +454,7 @@ def options() -> Iterator[Option]:
                 unit=said.extra.get("unit"),
                 meaning=said.meaning,
                 example=said.example,
-                expects=_expectation(bare(field.type), hints[field.name]),
+                expects=expectation(field.type, hints[field.name]),
                 secret=bool(said.extra.get("secret")),
                 kind=field.type,
                 annotation=hints[field.name],
@@ -491,23 +496,26 @@ def _default(field: inspect.Field) -> object:
     return list(field.default) if isinstance(field.default, tuple) else field.default
 
 
-def _expectation(kind: inspect.Type, annotation: object) -> str:
-    match kind:
-        case inspect.IntType() | inspect.FloatType():
-            noun = "a whole number" if isinstance(kind, inspect.IntType) else "a number"
-            return f"{noun} {_bounds(kind)}"
+def expectation(kind: inspect.Type, annotation: object = None) -> str:
+    """What a value has to be, in words; the annotation gives choices their order."""
+    match bare(kind):
+        case inspect.IntType() as number:
+            return f"a whole number {_bounds(number)}"
+        case inspect.FloatType() as number:
+            return f"a number {_bounds(number)}"
         case inspect.BoolType():
             return "true or false"
-        case inspect.LiteralType():
-            # The type's own choices are sorted; these are in the order of the declaration.
-            choices = get_args(get_args(annotation)[0])
+        case inspect.LiteralType(values=values):
+            choices = get_args(get_args(annotation)[0]) if annotation else values
             return " or ".join(f'"{choice}"' for choice in choices)
-        case inspect.VarTupleType():
-            return "a list"
-        case inspect.DictType():
+        case inspect.VarTupleType(min_length=least):
+            return "a list that is not empty" if least else "a list"
+        case inspect.DictType() | inspect.StructType():
             return "a table"
         case inspect.StrType(pattern=pattern) if pattern is not None:
             return f"a text that matches {pattern}"
+        case inspect.DateTimeType():
+            return "a date and time with its zone, as 2030-01-01T00:00:00Z"
         case _:
             return "a text that is not empty"
 

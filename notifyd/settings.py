@@ -39,6 +39,7 @@ from notifyd.options import (
     Settings,
     WebSocketSettings,
     bare,
+    expectation,
     options,
     sections,
 )
@@ -262,12 +263,16 @@ class _Reader:
     def _wrong(
         self, option: Option, value: object, error: msgspec.ValidationError, origin: str
     ) -> str:
-        reason, _, at = str(error).partition(" - at `$")
-        if at and not at.startswith("`"):
-            # Deep in a list or table: say where, in msgspec's words, which never quote a value of
-            # a text field.
-            where = option.name + at.removesuffix("`")
-            return f"{where}: {reason[:1].lower()}{reason[1:]} ({origin})"
+        reason, _, at = str(error).partition(" - at ")
+        table = bare(option.kind)
+        if at.startswith("`key` in") and isinstance(table, inspect.DictType):
+            return f"{option.name}: expected as keys {expectation(table.key_type)} ({origin})"
+        inner = at.removeprefix("`$").removesuffix("`")
+        if inner:
+            where = option.name + inner.replace("[...]", "")
+            if reason.startswith("Object missing"):
+                return f"{where}: {reason[0].lower()}{reason[1:]} ({origin})"
+            return f"{where}: expected {expectation(_inside(option.kind, inner))} ({origin})"
         # What a list or a text holds may be a secret in the wrong place.
         plain = not option.secret and isinstance(option.default, str | int | float)
         got = f", got {_show(value)}" if plain else ""
@@ -285,8 +290,10 @@ class _Reader:
 
     def settings(self) -> Settings:
         """What was read, if nothing is wrong with it."""
-        made = {name: sections()[name](**values) for name, values in self.values.items()}
-        settings = msgspec.structs.replace(Settings(), **made)
+        made: dict[str, Any] = {
+            section: sections()[section](**values) for section, values in self.values.items()
+        }
+        settings = Settings(**made)
         # An option whose value was refused stands at its default now: what is said of that default
         # would only confuse.
         refused = {_subject(problem) for problem in self.problems}
@@ -526,6 +533,19 @@ def _unknown_keys(value: object, kind: inspect.Type, path: str) -> Iterator[str]
                 yield from _unknown_keys(inner, sequence.item_type, f"{path}[{index}]")
         case _:
             return
+
+
+def _inside(kind: inspect.Type, at: str) -> inspect.Type:
+    """The type of what stands at a path such as `[0].scopes[1]` inside a value."""
+    for step in re.findall(r"\.\w+|\[[^]]*\]", at):
+        match bare(kind):
+            case inspect.StructType(fields=inner):
+                kind = next(field.type for field in inner if field.name == step[1:])
+            case inspect.VarTupleType(item_type=item):
+                kind = item
+            case inspect.DictType(value_type=value):
+                kind = value
+    return kind
 
 
 def _likeness(one: str, other: str) -> float:
