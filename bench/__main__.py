@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from bench.errors import BenchError
-from bench.machine import choose_cores, versions
+from bench.machine import choose_cores, other_work, versions
 from bench.report import Row, console_line, write_results
 from bench.scenarios import SCENARIOS, open_bench
 from bench.subjects import DEFAULT_COMMAND
@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [name for name in SCENARIOS if not asked.scenario or name in asked.scenario]
     signal.signal(signal.SIGTERM, _end)
     rows: list[Row] = []
+    warning = other_work()
+    if warning:
+        print(f"beware: {warning}")
     try:
         with open_bench(choose_cores(), asked.command, quick=asked.quick) as bench:
             for name in chosen:
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 1
     if len(chosen) == len(SCENARIOS) and not asked.quick:
-        write_results(RESULTS, rows, versions())
+        write_results(RESULTS, rows, versions(), warning)
     return 1 if any(row.met is False for row in rows) else 0
 
 

@@ -17,6 +17,8 @@ from bench.errors import BenchError
 from bench.machine import on_core
 
 Transport = Literal["ws", "sse"]
+MARK_LENGTH = len("mark=00000000-0000-00000000")
+"""What `{mark}` in a body becomes long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +171,16 @@ class Load:
         seconds: float,
         warmup: float = 0.5,
         stall: float = 5,
+        drain: float = 5,
     ) -> Iterator[Session]:
-        """Connects the subscribers; `Session.go_on` then publishes for `seconds`."""
+        """Connects the subscribers; `Session.go_on` then publishes for `seconds`.
+
+        What is missing afterwards has `drain` seconds to arrive; a closed loop in which nothing
+        moves for `stall` seconds is given up.
+        """
         arguments = [
             *("fan", "--wait", "--seconds", str(seconds), "--warmup", str(warmup)),
-            *("--stall", str(stall)),
+            *("--stall", str(stall), "--drain", str(drain)),
             *("--publish-path", publishing.path, "--body", self._file(publishing.body)),
             *("--publishers", str(publishing.publishers), "--window", str(publishing.window)),
             *("--rate", str(publishing.rate), "--status", str(publishing.status)),
@@ -182,7 +189,7 @@ class Load:
         for header in publishing.headers:
             arguments += ["--header", header]
         arguments += self._subscribe(port, subscribers)
-        with self._session(arguments, timeout=seconds + warmup + stall + 60) as session:
+        with self._session(arguments, timeout=seconds + warmup + stall + drain + 60) as session:
             yield session
 
     def run_fan(
@@ -194,10 +201,17 @@ class Load:
         seconds: float,
         warmup: float = 0.5,
         stall: float = 5,
+        drain: float = 5,
     ) -> FanResult:
         """A fan from beginning to end."""
         with self.fan(
-            port, subscribers, publishing, seconds=seconds, warmup=warmup, stall=stall
+            port,
+            subscribers,
+            publishing,
+            seconds=seconds,
+            warmup=warmup,
+            stall=stall,
+            drain=drain,
         ) as session:
             return fan_result(session)
 

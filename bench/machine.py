@@ -45,6 +45,14 @@ def on_core(core: int) -> Callable[[], None]:
     return prepare
 
 
+def other_work() -> str | None:
+    """A warning where the machine is busy with something else: then even ratios are noise."""
+    load = os.getloadavg()[0]
+    if load < 0.3:
+        return None
+    return f"the machine was busy with other work when this began (load average {load:.1f})"
+
+
 def versions() -> dict[str, str]:
     """Name to version, for the report. Packages that are not installed are left out."""
     found = {"Python": platform.python_version(), "Linux": platform.release().split("-")[0]}

@@ -36,7 +36,9 @@ def console_line(row: Row) -> str:
     return f"{line}\n{'':9}{row.details}" if row.details else line
 
 
-def write_results(path: Path, rows: Sequence[Row], versions: Mapping[str, str]) -> None:
+def write_results(
+    path: Path, rows: Sequence[Row], versions: Mapping[str, str], warning: str | None
+) -> None:
     """Writes the table as Markdown; nothing in it names the machine."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     table = ["| | bar | measured | |", "|---|---|---|---|"]
@@ -55,6 +57,7 @@ def write_results(path: Path, rows: Sequence[Row], versions: Mapping[str, str]) 
         "Ratios are of measurements taken in turn in one run: the median, and in brackets the "
         "lowest and highest. Absolute figures belong to this machine; compare ratios only.",
         "",
+        *([f"Beware: {warning}.", ""] if warning else []),
         *table,
         "",
         "## The figures behind them",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jwt
 
-from bench.load import Publishing, Subscribers, Transport
+from bench.load import MARK_LENGTH, Publishing, Subscribers, Transport
 from bench.machine import Cores
 from bench.servers import Server, free_port
 
@@ -288,8 +288,9 @@ location = /pub {{ nchan_publisher http; nchan_channel_id bench; }}
 
     def publishing(self, size: int, *, publishers: int, window: int) -> Publishing:
         """A message so long that the delivery is as long as a notification of notifyd's."""
-        frame_head, mark = 4, 26
-        body = '{"mark":"{mark}","x":"' + "x" * max(0, size - frame_head - mark - 17) + '"}'
+        frame_head = 4
+        without = len('{"mark":"","x":""}') + MARK_LENGTH + frame_head
+        body = '{"mark":"{mark}","x":"' + "x" * max(0, size - without) + '"}'
         return Publishing("/pub", body, publishers=publishers, window=window, status=201)
 
 
