@@ -10,7 +10,6 @@ import asyncio
 import random
 import ssl
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import update_wrapper, wraps
 from types import TracebackType
@@ -139,7 +138,7 @@ class Client(Calls):
         self._http = httpx.Client(
             base_url=base_url, timeout=timeout, headers=headers, verify=verify, transport=transport
         )
-        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._streams: list[Stream] = []
 
     def perform(self, call: Call[T]) -> T:
         """Make a call that `notifyd.client.calls` built, as the methods of this class do."""
@@ -185,6 +184,7 @@ class Client(Calls):
             _user(self._credentials),
             channels=channels,
             policy=reconnect,
+            clock=self._clock,
             random=self._random,
         )
         stream = Stream(
@@ -195,12 +195,13 @@ class Client(Calls):
             headers=_listening_headers(self._http),
             ssl_context=_ssl_context(listening.url, self._verify),
         )
-        self._streams.add(stream)
+        # One that a loop broke out of is still connected: whoever closes the client closes it.
+        self._streams = [*(other for other in self._streams if not other.closed), stream]
         return stream
 
     def close(self) -> None:
         """End the listeners and let go of the connections."""
-        for stream in list(self._streams):
+        for stream in self._streams:
             stream.close()
         self._http.close()
 
@@ -249,7 +250,7 @@ class AsyncClient(Calls):
         self._http = httpx.AsyncClient(
             base_url=base_url, timeout=timeout, headers=headers, verify=verify, transport=transport
         )
-        self._streams: weakref.WeakSet[AsyncStream] = weakref.WeakSet()
+        self._streams: list[AsyncStream] = []
 
     async def perform(self, call: Call[T]) -> T:
         """Make a call that `notifyd.client.calls` built, as the methods of this class do."""
@@ -296,6 +297,7 @@ class AsyncClient(Calls):
             _user(self._credentials),
             channels=channels,
             policy=reconnect,
+            clock=self._clock,
             random=self._random,
         )
         stream = AsyncStream(
@@ -306,12 +308,13 @@ class AsyncClient(Calls):
             headers=_listening_headers(self._http),
             ssl_context=_ssl_context(listening.url, self._verify),
         )
-        self._streams.add(stream)
+        # One that a loop broke out of is still connected: whoever closes the client closes it.
+        self._streams = [*(other for other in self._streams if not other.closed), stream]
         return stream
 
     async def aclose(self) -> None:
         """End the listeners and let go of the connections."""
-        for stream in list(self._streams):
+        for stream in self._streams:
             await stream.aclose()
         await self._http.aclose()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import ssl
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -81,6 +82,12 @@ class AsyncStream:
     def connection_id(self) -> str | None:
         """The connection that stands, None between two; what `exclude_connection` takes."""
         return self._listening.connection_id
+
+    @property
+    def closed(self) -> bool:
+        """Whether it yields no more: closed, ended, or failed."""
+        ended = inspect.getgeneratorstate(self._steps) == inspect.GEN_CLOSED
+        return ended or self._closing.is_set()
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -251,6 +258,12 @@ class Stream:
         return self._listening.connection_id
 
     @property
+    def closed(self) -> bool:
+        """Whether it yields no more: closed, ended, or failed."""
+        ended = inspect.getgeneratorstate(self._steps) == inspect.GEN_CLOSED
+        return ended or self._closing.is_set()
+
+    @property
     def channels(self) -> tuple[str, ...]:
         """The channels that are asked for on every connection."""
         with self._lock:
@@ -340,14 +353,17 @@ class Stream:
 
     def _connect(self, step: Connect) -> Reply:
         try:
-            self._connection = websockets.sync.client.connect(
-                step.url,
-                additional_headers={**self._headers, "Authorization": f"Bearer {step.token}"},
-                open_timeout=self._open_timeout,
-                ssl=self._ssl_context,
-                close_timeout=_CLOSE_TIMEOUT,
-                compression=None,
-                ping_interval=None,
+            # From websockets 17 on, only entering it connects; close() is all that leaving does.
+            self._connection = contextlib.ExitStack().enter_context(
+                websockets.sync.client.connect(
+                    step.url,
+                    additional_headers={**self._headers, "Authorization": f"Bearer {step.token}"},
+                    open_timeout=self._open_timeout,
+                    ssl=self._ssl_context,
+                    close_timeout=_CLOSE_TIMEOUT,
+                    compression=None,
+                    ping_interval=None,
+                )
             )
         except InvalidStatus as error:
             return _refused(error)
