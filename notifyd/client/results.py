@@ -48,7 +48,10 @@ class Receipt(msgspec.Struct, frozen=True):
 
 
 class BatchResult(msgspec.Struct, frozen=True):
-    """What became of the item at `index`; `error` says why a bad one was refused."""
+    """What became of the item at `index`; `error` says why a bad one was refused.
+
+    One that was skipped, or not reached after `stop_on_error`, has no outcome.
+    """
 
     index: int
     success: bool = False
@@ -56,9 +59,9 @@ class BatchResult(msgspec.Struct, frozen=True):
     delivered_to: int = 0
     queued: int = 0
     failed: int = 0
-    outcome: str = ""
+    outcome: str | None = None
     skipped: bool = False
-    error: Any = None
+    error: str | None = None
 
 
 class BatchSummary(msgspec.Struct, frozen=True):
