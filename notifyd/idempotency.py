@@ -223,16 +223,19 @@ async def _return_after(kept: Awaitable[None], answered: Answered) -> Answered:
     return answered
 
 
-class _Working(msgspec.Struct):
+class _Working:
     """A key at work, and those who wait for it, the first in front."""
 
-    fingerprint: bytes
-    waiters: deque[asyncio.Future[Fresh | Replay]] = msgspec.field(default_factory=deque)
+    __slots__ = ("fingerprint", "waiters")
+
+    def __init__(self, fingerprint: bytes) -> None:
+        self.fingerprint = fingerprint
+        self.waiters: deque[asyncio.Future[Fresh | Replay]] | None = None
 
 
 class _Kept(msgspec.Struct, frozen=True, gc=False):
     fingerprint: bytes
-    replay: Replay
+    answer: KeptAnswer
     expires_at: float
 
 
@@ -276,7 +279,7 @@ class MemoryIdempotencyKeys:
         if kept is not None:
             if kept.expires_at > now:
                 _check_same_body(kept.fingerprint, fingerprint)
-                return kept.replay
+                return Replay(kept.answer)
             self._forget(scope)
         working = self._working.get(scope)
         if working is not None:
@@ -284,7 +287,8 @@ class MemoryIdempotencyKeys:
             return Wait(self, scope, fingerprint)
         if len(self._working) >= self._max_keys:
             raise Unavailable("Too many calls with an idempotency key are at work.", retry_after=1)
-        self._make_room(now)
+        if self._kept:
+            self._make_room(now)
         self._working[scope] = _Working(fingerprint)
         return Fresh(self, scope)
 
@@ -293,7 +297,10 @@ class MemoryIdempotencyKeys:
         claim = self.claim(scope, fingerprint)
         if not isinstance(claim, Wait):
             return claim
-        waiters = self._working[scope].waiters
+        working = self._working[scope]
+        waiters = working.waiters
+        if waiters is None:
+            waiters = working.waiters = deque()
         if len(waiters) >= self._max_waiters:
             raise RateLimited(
                 "Too many calls wait for the answer of one idempotency key.", retry_after=1
@@ -314,14 +321,14 @@ class MemoryIdempotencyKeys:
     def keep(self, claim: Fresh, answer: KeptAnswer) -> None:
         """What `Fresh.complete` says, of an answer that is kept."""
         working = self._working.pop(claim.scope)
-        replay = Replay(answer)
-        self._kept[claim.scope] = _Kept(working.fingerprint, replay, self._clock() + self._window)
+        expires_at = self._clock() + self._window
+        self._kept[claim.scope] = _Kept(working.fingerprint, answer, expires_at)
         self._kept_bytes += len(answer.body)
         while self._kept_bytes > self._max_bytes:
             self._forget(next(iter(self._kept)))
-        for waiter in working.waiters:
+        for waiter in working.waiters or ():
             if not waiter.done():
-                waiter.set_result(replay)
+                waiter.set_result(Replay(answer))
 
     def release(self, claim: Fresh) -> None:
         """What `Fresh.abandon` says."""
@@ -339,16 +346,16 @@ class MemoryIdempotencyKeys:
 
     def _make_room(self, now: float) -> None:
         """For one more key: by what has expired, else by the oldest."""
-        for _ in range(_EXPIRED_PER_CLAIM):
-            if not self._kept:
-                return
-            oldest = next(iter(self._kept))
-            if len(self) < self._max_keys and self._kept[oldest].expires_at > now:
+        kept = self._kept
+        for _ in range(min(_EXPIRED_PER_CLAIM, len(kept))):
+            oldest = next(iter(kept))
+            full = len(kept) + len(self._working) >= self._max_keys
+            if not full and kept[oldest].expires_at > now:
                 return
             self._forget(oldest)
 
     def _forget(self, scope: Scope) -> None:
-        self._kept_bytes -= len(self._kept.pop(scope).replay.answer.body)
+        self._kept_bytes -= len(self._kept.pop(scope).answer.body)
 
 
 def _check_same_body(first: bytes, second: bytes) -> None:
