@@ -1,0 +1,550 @@
+"""What stands before and behind every handler: who calls, what he may, what he is answered.
+
+An `Endpoint` is a function from a Request to an Answer, at once or awaited, and never raises a
+NotifydError. The server's fast lane and the ASGI routes call the same objects, so that keys,
+limits, request ids, CORS, metrics and errors are the same whichever way a request came.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from time import perf_counter
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from notifyd.auth import ApiKeys, Origins
+from notifyd.errors import (
+    BadRequest,
+    Forbidden,
+    Internal,
+    NotifydError,
+    PayloadTooLarge,
+    Unauthorized,
+    ValidationError,
+)
+from notifyd.eventually import Eventually, is_awaitable, then
+from notifyd.idempotency import (
+    MAX_KEY_BYTES,
+    Answered,
+    IdempotencyKeys,
+    KeptAnswer,
+    answer_once,
+    fingerprint,
+    key_scope,
+)
+from notifyd.identifiers import request_id
+from notifyd.identity import DEFAULT_TENANT, Identity, Principal
+from notifyd.metrics import Counter, Metrics
+
+logger = logging.getLogger("notifyd.api")
+
+MAX_BODY_BYTES = 65536
+RETRY_AFTER_SECONDS = 1
+"""Told with a 429 or 503 that does not know better."""
+
+Access: TypeAlias = Literal["read", "publish", "admin", "user", "open"]
+"""Who may call: a key with this scope, a user with his JWT, or anybody."""
+
+Headers: TypeAlias = tuple[tuple[bytes, bytes], ...]
+
+encode = msgspec.json.Encoder().encode
+
+_LOOKED_AT = frozenset(
+    {b"x-api-key", b"authorization", b"x-request-id", b"x-tenant-id", b"idempotency-key", b"origin"}
+)
+_REPLAYED: Headers = ((b"idempotent-replay", b"true"),)
+_NO_PRINCIPAL = Principal(name="", scopes=frozenset())
+_NO_IDENTITY = Identity(user_id="")
+
+
+class Request:
+    """One HTTP request, read to its end.
+
+    `route` is the path's pattern, `path_params` its decoded parts, `query` what stood behind the
+    question mark; header names are in lower case. `scope` is the ASGI scope where there is one. The
+    last five are filled in by the guard.
+    """
+
+    __slots__ = (
+        "address",
+        "body",
+        "headers",
+        "idempotency_key",
+        "identity",
+        "method",
+        "path_params",
+        "principal",
+        "query",
+        "request_id",
+        "route",
+        "scope",
+        "tenant",
+    )
+
+    def __init__(  # noqa: PLR0917  # made for every request, where keywords would cost
+        self,
+        method: str,
+        route: str,
+        path_params: dict[str, str],
+        query: bytes,
+        headers: list[tuple[bytes, bytes]],
+        body: bytes,
+        address: str,
+        scope: MutableMapping[str, Any] | None = None,
+    ) -> None:
+        self.method = method
+        self.route = route
+        self.path_params = path_params
+        self.query = query
+        self.headers = headers
+        self.body = body
+        self.address = address
+        self.scope = scope
+        self.request_id = ""
+        self.tenant = DEFAULT_TENANT
+        self.principal = _NO_PRINCIPAL
+        self.identity = _NO_IDENTITY
+        self.idempotency_key: str | None = None
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first header of that name, in lower case."""
+        return next((value for known, value in self.headers if known == name), None)
+
+
+class Answer(msgspec.Struct, frozen=True, gc=False):
+    """One HTTP answer; Content-Length and Content-Type are not among the headers."""
+
+    status: int
+    body: bytes
+    headers: Headers = ()
+    content_type: bytes = b"application/json"
+
+
+class ErrorDetails(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where the mistake is, as a path (`payload.x`), and the rule that it broke."""
+
+    field: str | None = None
+    constraint: str | None = None
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What went wrong; `hint` says how to mend it, in development only."""
+
+    code: Annotated[str, Meta(examples=["VALIDATION_ERROR"])]
+    message: str
+    details: ErrorDetails | None = None
+    hint: str | None = None
+
+
+class ErrorAnswer(msgspec.Struct, frozen=True):
+    """The body of every answer from 400 on."""
+
+    error: ErrorInfo
+
+
+Handler: TypeAlias = Callable[[Request], Eventually[msgspec.Struct | None]]
+"""Answers with a struct to be encoded, an Answer that is sent as it is, or None (no content)."""
+
+
+class Description(msgspec.Struct, frozen=True):
+    """What OpenAPI says of an endpoint; `body` and `answer` are the types on the wire.
+
+    `answers` names statuses beside the endpoint's own, `content_type` what is not JSON.
+    """
+
+    summary: str
+    tag: str
+    body: Any = None
+    answer: Any = None
+    errors: tuple[int, ...] = ()
+    content_type: str = "application/json"
+
+
+class Guard:
+    """What all endpoints share.
+
+    `identify` turns a request into the user who sends it (raises Unauthorized and its like);
+    `credentials` tells browsers that cookies may come along.
+    """
+
+    def __init__(
+        self,
+        *,
+        api_keys: ApiKeys,
+        identify: Callable[[Request], Eventually[Identity]],
+        origins: Origins,
+        credentials: bool,
+        idempotency: IdempotencyKeys,
+        metrics: Metrics,
+        production: bool,
+    ) -> None:
+        self.api_keys = api_keys
+        self.identify = identify
+        self.origins = origins
+        self.credentials = credentials
+        self.idempotency = idempotency
+        self.metrics = metrics
+        self.production = production
+
+    # --- who calls ---
+
+    def may_read(self, request: Request) -> bool:
+        """Whether an open endpoint may tell this caller more: development, or a key that reads."""
+        if not self.production:
+            return True
+        key = request.header(b"x-api-key") or bearer(request.header(b"authorization"))
+        if key is None:
+            return False
+        try:
+            return self.api_keys.authenticate(key).may("read")
+        except Unauthorized:
+            return False
+
+    # --- idempotency ---
+
+    def once(
+        self,
+        request: Request,
+        kind: str,
+        key: str,
+        body: bytes,
+        produce: Callable[[], Eventually[Answer]],
+    ) -> Eventually[Answer]:
+        """`produce`'s answer, or the first one where this key was seen before.
+
+        A key is good for its kind, tenant, API key and route. `produce` must answer and not raise;
+        429 and 5xx are not kept. Raises ValidationError where the key came with another body.
+        """
+        scope = key_scope(request.tenant, request.principal.name, f"{request.route} {kind}", key)
+        first: Answer | None = None
+
+        def keep(answer: Answer) -> KeptAnswer:
+            nonlocal first
+            first = answer
+            return KeptAnswer(answer.status, answer.body)
+
+        def answer(answered: Answered) -> Answer:
+            if answered.replayed or first is None:
+                return Answer(answered.answer.status, answered.answer.body, _REPLAYED)
+            return first
+
+        answered = answer_once(
+            self.idempotency, scope, fingerprint(body), lambda: then(produce(), keep)
+        )
+        return then(answered, answer)
+
+    def attempt(self, request: Request, handler: Handler, status: int = 200) -> Eventually[Answer]:
+        """What `handler` answers, errors too, without what belongs to this request alone."""
+        try:
+            result = handler(request)
+            if is_awaitable(result):
+                return self._attempt_later(request, result, status)
+        except Exception as error:  # noqa: BLE001  # becomes an answer, and is logged where it is our fault
+            return self.refusal(request, error)
+        return _whole(result, status)  # type: ignore[arg-type]  # not awaitable
+
+    async def _attempt_later(
+        self, request: Request, pending: Awaitable[msgspec.Struct | None], status: int
+    ) -> Answer:
+        try:
+            return _whole(await pending, status)
+        except Exception as error:  # noqa: BLE001  # as above; a cancelled request is nobody's fault
+            return self.refusal(request, error)
+
+    # --- what he is answered ---
+
+    def refusal(self, request: Request, error: Exception) -> Answer:
+        """An error as the caller sees it."""
+        error = self.told(request, error)
+        headers: list[tuple[bytes, bytes]] = []
+        if error.http_status in {429, 503}:
+            headers.append((b"retry-after", b"%d" % (error.retry_after or RETRY_AFTER_SECONDS)))
+        elif error.http_status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))  # RFC 9110, section 11.6.1
+        return Answer(error.http_status, self._error_body(error), tuple(headers))
+
+    def _error_body(self, error: NotifydError) -> bytes:
+        details = None
+        if error.field is not None or error.constraint is not None:
+            details = ErrorDetails(error.field, error.constraint)
+        hint = None if self.production else error.hint
+        return encode(ErrorAnswer(ErrorInfo(error.code, error.message, details, hint)))
+
+    def told(self, request: Request, error: Exception) -> NotifydError:
+        """The error to tell; what is our own fault is logged, and masked in production."""
+        if isinstance(error, NotifydError) and not isinstance(error, Internal):
+            return error
+        logger.error(
+            "%s %s failed, request %s",
+            request.method,
+            request.route,
+            request.request_id,
+            exc_info=error,
+        )
+        if self.production:
+            return Internal("The server failed; its log has the reason under this request id.")
+        return Internal(f"{type(error).__name__}: {error}")
+
+    def cors(self, origin: bytes) -> Headers:
+        """What lets a page of this origin read the answer (Fetch standard, CORS protocol)."""
+        if not self._allows(origin):
+            return ((b"vary", b"Origin"),)
+        headers: Headers = (
+            (b"access-control-allow-origin", origin),
+            (b"access-control-expose-headers", b"X-Request-ID, Retry-After, Idempotent-Replay"),
+            (b"vary", b"Origin"),
+        )
+        if self.credentials:
+            return (*headers, (b"access-control-allow-credentials", b"true"))
+        return headers
+
+    def preflight(self, origin: bytes, asked_headers: bytes | None, methods: str) -> Answer:
+        """The answer to a browser that asks before it calls; 403 for a foreign page."""
+        headers = self.cors(origin)
+        if not self._allows(origin):
+            hint = f'add "{origin.decode("latin-1")}" to cors.origins'
+            error = Forbidden("Pages of this origin may not call.", hint=hint)
+            return Answer(403, self._error_body(error), headers)
+        return Answer(
+            204,
+            b"",
+            (
+                *headers,
+                (b"access-control-allow-methods", methods.encode()),
+                (b"access-control-allow-headers", asked_headers or b"Authorization, Content-Type"),
+                (b"access-control-max-age", b"600"),
+            ),
+        )
+
+    def _allows(self, origin: bytes) -> bool:
+        return self.origins.allows(origin.decode("latin-1"))
+
+
+class Endpoint:
+    """A route: its method and path, who may call, its limits, and the handler behind the guard."""
+
+    __slots__ = (
+        "_answered",
+        "_authenticate",
+        "_counters",
+        "_guard",
+        "_seconds",
+        "access",
+        "description",
+        "handler",
+        "idempotent",
+        "max_body",
+        "method",
+        "path",
+        "status",
+    )
+
+    def __init__(
+        self,
+        guard: Guard,
+        method: str,
+        path: str,
+        handler: Handler,
+        description: Description,
+        *,
+        access: Access,
+        max_body: int = MAX_BODY_BYTES,
+        status: int = 200,
+        idempotent: bool = False,
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.handler = handler
+        self.description = description
+        self.access: Access = access
+        self.max_body = max_body
+        self.status = status
+        self.idempotent = idempotent
+        self._guard = guard
+        self._authenticate = guard.api_keys.authenticate
+        self._seconds = guard.metrics.http_request_seconds
+        self._counters: dict[tuple[str, int], Counter] = {}
+        self._answered = self._counter(method, status)
+
+    @property
+    def scope(self) -> Access:
+        """Who may call."""
+        return self.access
+
+    def __call__(  # noqa: PLR0912  # the hot path: one pass over the headers, no calls
+        self, request: Request
+    ) -> Eventually[Answer]:
+        """Answer a request: at once, or when what is returned was awaited."""
+        started = perf_counter()
+        key = authorization = offered_id = tenant = idempotency_key = origin = None
+        for name, value in request.headers:
+            if name in _LOOKED_AT:
+                if name == b"x-api-key":
+                    key = value
+                elif name == b"authorization":
+                    authorization = value
+                elif name == b"x-request-id":
+                    offered_id = value
+                elif name == b"x-tenant-id":
+                    tenant = value
+                elif name == b"origin":
+                    origin = value
+                else:
+                    idempotency_key = value
+        request.request_id = request_id(offered_id)
+        access = self.access
+        result: Eventually[msgspec.Struct | None]
+        try:
+            if access not in {"user", "open"}:
+                request.principal = principal = self._authenticate(
+                    key or _bearer_key(authorization)
+                )
+                scopes = principal.scopes
+                if access not in scopes and "admin" not in scopes:
+                    raise _out_of_scope(principal, access)
+                if principal.tenant is not None:
+                    request.tenant = principal.tenant
+            if tenant is not None and tenant != b"default" and access != "open":
+                raise _no_tenants()
+            if len(request.body) > self.max_body:
+                raise too_large(self.max_body)
+            if idempotency_key is not None and self.idempotent:
+                request.idempotency_key = text = idempotency_key_text(
+                    idempotency_key, "Idempotency-Key"
+                )
+                result = self._guard.once(
+                    request,
+                    "key",
+                    text,
+                    request.body,
+                    lambda: self._guard.attempt(request, self.handler, self.status),
+                )
+            elif access == "user":
+                result = self._as_user(request)
+            else:
+                result = self.handler(request)
+            if is_awaitable(result):
+                return self._later(request, started, origin, result)
+        except NotifydError as error:
+            result = self._guard.refusal(request, error)
+        except Exception as error:  # noqa: BLE001  # the one place that turns a fault into a 500, and logs it
+            result = self._guard.refusal(request, error)
+        return self._conclude(request, started, origin, result)  # type: ignore[arg-type]  # not awaitable
+
+    def _as_user(self, request: Request) -> Eventually[msgspec.Struct | None]:
+        identity = self._guard.identify(request)
+        if is_awaitable(identity):
+            return self._as_user_later(request, identity)
+        return self._identified(request, identity)  # type: ignore[arg-type]  # not awaitable
+
+    async def _as_user_later(
+        self, request: Request, pending: Awaitable[Identity]
+    ) -> msgspec.Struct | None:
+        result = self._identified(request, await pending)
+        return await result if is_awaitable(result) else result  # type: ignore[return-value]  # not awaitable
+
+    def _identified(
+        self, request: Request, identity: Identity
+    ) -> Eventually[msgspec.Struct | None]:
+        request.identity = identity
+        request.tenant = identity.tenant
+        return self.handler(request)
+
+    async def _later(
+        self,
+        request: Request,
+        started: float,
+        origin: bytes | None,
+        pending: Awaitable[msgspec.Struct | None],
+    ) -> Answer:
+        try:
+            result = await pending
+        except Exception as error:  # noqa: BLE001  # as above; a cancelled request is nobody's fault
+            result = self._guard.refusal(request, error)
+        return self._conclude(request, started, origin, result)
+
+    def _conclude(
+        self, request: Request, started: float, origin: bytes | None, result: msgspec.Struct | None
+    ) -> Answer:
+        headers: Headers = ((b"x-request-id", request.request_id.encode()),)
+        if origin is not None:
+            headers += self._guard.cors(origin)
+        if type(result) is Answer:
+            answer = Answer(
+                result.status, result.body, result.headers + headers, result.content_type
+            )
+        else:
+            answer = Answer(self.status, b"" if result is None else encode(result), headers)
+        if answer.status == self.status and request.method == self.method:
+            self._answered.inc()
+        else:
+            self._counter(request.method, answer.status).inc()
+        self._seconds.observe(perf_counter() - started)
+        return answer
+
+    def _counter(self, method: str, status: int) -> Counter:
+        counter = self._counters.get((method, status))
+        if counter is None:
+            requests = self._guard.metrics.http_requests_total
+            counter = requests.labels(method, self.path, str(status))
+            self._counters[method, status] = counter
+        return counter
+
+
+def bearer(authorization: bytes | None) -> bytes | None:
+    """The token of `Authorization: Bearer …` (RFC 6750, section 2.1), None where there is none."""
+    if authorization is None or authorization[:7].lower() != b"bearer ":
+        return None
+    return authorization[7:].strip() or None
+
+
+def too_large(limit: int) -> PayloadTooLarge:
+    """The refusal of a body over its limit, in bytes."""
+    return PayloadTooLarge(
+        f"The body is over {limit} bytes.", field="body", constraint=f"at most {limit} bytes"
+    )
+
+
+def _bearer_key(authorization: bytes | None) -> bytes:
+    key = bearer(authorization)
+    if key is None:
+        raise Unauthorized(
+            "This call needs an API key.",
+            hint="send it as X-API-Key, or as Authorization: Bearer …",
+        )
+    return key
+
+
+def _out_of_scope(principal: Principal, access: str) -> Forbidden:
+    return Forbidden(
+        f'The API key "{principal.name}" does not cover this call, which needs the scope {access}.',
+        hint=f'add "{access}" to its scopes in auth.api_keys',
+    )
+
+
+def _no_tenants() -> BadRequest:
+    return BadRequest(
+        f'There are no tenants here but "{DEFAULT_TENANT}".',
+        field="X-Tenant-ID",
+        constraint=f'"{DEFAULT_TENANT}", or no such header',
+    )
+
+
+def idempotency_key_text(key: bytes, field: str) -> str:
+    """A key as text, the same from a header and from a field.
+
+    Raises ValidationError where it has not 1 to 256 bytes.
+    """
+    if not 1 <= len(key) <= MAX_KEY_BYTES:
+        constraint = f"1 to {MAX_KEY_BYTES} bytes"
+        raise ValidationError(f"{field} must be {constraint}.", field=field, constraint=constraint)
+    return key.decode("latin-1")
+
+
+def _whole(result: msgspec.Struct | None, status: int) -> Answer:
+    if type(result) is Answer:
+        return result
+    return Answer(status, b"" if result is None else encode(result))
