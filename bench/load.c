@@ -733,16 +733,6 @@ static void wait_for_a_line(void) {
   watch(0, STDIN, 0, EPOLL_CTL_DEL);
 }
 
-// How many of the peers that never read were closed by the server (a reset or a half close).
-static int count_stalled_closed(void) {
-  int n = 0;
-  for (int i = reading_peers(); i < connections; i++) {
-    struct pollfd p = {.fd = peers[i].fd, .events = POLLRDHUP};
-    if (poll(&p, 1, 0) > 0 && p.revents & (POLLHUP | POLLRDHUP | POLLERR)) n++;
-  }
-  return n;
-}
-
 static int fan(void) {
   ep = epoll_create1(0);
   expected = allocate((size_t)connections * (size_t)publishers, sizeof *expected);
@@ -798,14 +788,14 @@ static int fan(void) {
   printf("{\"transport\":\"%s\",\"connections\":%d,\"publishers\":%d,\"window\":%d,\"rate\":%.1f,"
          "\"elapsed_s\":%.3f,\"published\":%llu,\"answered\":%llu,\"refused\":%llu,"
          "\"received\":%llu,\"lost\":%llu,\"duplicated\":%llu,\"disordered\":%llu,"
-         "\"unknown\":%llu,\"others\":%llu,\"closed\":%d,\"close_code\":%d,\"stalled_closed\":%d,"
+         "\"unknown\":%llu,\"others\":%llu,\"closed\":%d,\"close_code\":%d,"
          "\"gave_up\":%s,",
          transport, connections, publishers, window, rate, elapsed,
          (unsigned long long)published, (unsigned long long)answered, (unsigned long long)refused,
          (unsigned long long)received, (unsigned long long)count_lost(),
          (unsigned long long)duplicated, (unsigned long long)disordered,
          (unsigned long long)unknown, (unsigned long long)others, closed_by_server,
-         last_close_code, count_stalled_closed(), gave_up ? "true" : "false");
+         last_close_code, gave_up ? "true" : "false");
   printf("\"deliveries_per_s\":%.1f,\"answers_per_s\":%.1f,\"bytes_per_delivery\":%.2f,"
          "\"samples\":%llu,\"p50_ms\":%.3f,\"p90_ms\":%.3f,\"p99_ms\":%.3f,\"p999_ms\":%.3f,"
          "\"max_ms\":%.3f,\"client_cpu_s\":%.3f,\"busy_share\":%.4f,"

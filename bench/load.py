@@ -70,7 +70,6 @@ class FanResult(msgspec.Struct, frozen=True):
     unknown: int
     closed: int
     close_code: int
-    stalled_closed: int
     gave_up: bool
     deliveries_per_s: float
     answers_per_s: float

@@ -261,7 +261,8 @@ def _fanout(bench: Bench, in_flight: int, bar: float, title: str) -> Rows:
 def _client(results: Sequence[FanResult]) -> str:
     cost = _median([r.client_us_per_delivery for r in results])
     share = _median([r.busy_share for r in results])
-    return f"load client {cost:.2f} µs a delivery, busy {share:.0%}"
+    bottleneck = " (it was the bottleneck)" if share > 0.95 else ""
+    return f"load client {cost:.2f} µs a delivery, busy {share:.0%}{bottleneck}"
 
 
 def _nchan_row(bench: Bench, in_flight: int, limit: float, size: int) -> Row:
@@ -544,12 +545,22 @@ def stalled(bench: Bench) -> Rows:
     with_one: list[FanResult] = []
     without: list[FanResult] = []
 
+    closed = 0
+
     def run(count: int, silent: int) -> FanResult:
+        nonlocal closed
         subscribers = bench.notifyd.subscribers("ws", count, stalled=silent)
-        with bench.notifyd.server() as server:
-            return bench.checks.add(
-                bench.load.run_fan(server.port, subscribers, publishing, seconds=seconds)
-            )
+        with (
+            bench.notifyd.server() as server,
+            bench.load.fan(server.port, subscribers, publishing, seconds=seconds) as session,
+        ):
+            session.go_on()
+            time.sleep(1)  # the publishing connection is there now
+            before = server.open_files()
+            time.sleep(seconds - 1)  # with the warm-up, half a second is left
+            if session.running:
+                closed += before - server.open_files()
+            return bench.checks.add(fan_result(session))
 
     def measure(swapped: bool) -> None:
         slow, plain = _in_order(
@@ -560,7 +571,6 @@ def stalled(bench: Bench) -> Rows:
         ratio.values.append(slow.p99_ms / plain.p99_ms)
 
     repeat(bench, [ratio], measure)
-    closed = sum(r.stalled_closed for r in with_one)
     yield ratio.row(
         "one peer that stops reading among 1,000: the p99 of the other 999 against what it was "
         "without it",

@@ -112,9 +112,9 @@ class Server:
             total += int(found[1]) * 1024 if found else 0
         return total
 
-    def wait_for_log(self, text: str, *, timeout: float) -> bool:
-        """True once the server's output contains the text, False after `timeout` seconds."""
-        return _eventually(lambda: text in self._log.read_text(errors="replace"), timeout)
+    def open_files(self) -> int:
+        """Open file descriptors of all its processes."""
+        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in self._pids())
 
     def _pids(self) -> list[int]:
         pids = [self.running.pid]
