@@ -1,0 +1,346 @@
+"""The command `notifyd`. Exit codes: 0, 1 failed, 2 usage or configuration."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from notifyd import __version__
+from notifyd.development import with_credentials, with_kept_credentials
+from notifyd.errors import ConfigurationError, NotifydError, ValidationError
+from notifyd.options import Settings
+from notifyd.settings import default_config, load_settings
+
+if TYPE_CHECKING:
+    from notifyd.client import Disconnected, Event, Notification
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+DAY = 86_400
+
+Arguments = argparse.Namespace
+Environment = Mapping[str, str]
+
+
+def main(argv: Sequence[str] | None = None, environ: Environment | None = None) -> int:
+    """Run one command and return its exit code; wrong usage raises SystemExit(2), as argparse does.
+
+    `argv` and `environ` are the process's own unless given.
+    """
+    arguments = _parser().parse_args(argv)
+    run: Callable[[Arguments, Environment], int] = arguments.run
+    try:
+        return run(arguments, os.environ if environ is None else environ)
+    except ConfigurationError as error:
+        lines = "".join(f"\n  {line}" for line in str(error).splitlines())
+        _say(f"the settings cannot be used:{lines}")
+        return EXIT_USAGE
+    except NotifydError as error:
+        _say(f"{error.message} {error.hint or ''}".rstrip())
+        return EXIT_USAGE if isinstance(error, ValidationError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        return 0
+    except BrokenPipeError:
+        # Who read our output has gone (`| head`). What Python still holds for it goes nowhere, or
+        # it complains once more on exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="notifyd", description="Real-time notifications over WebSocket and SSE."
+    )
+    parser.add_argument("--version", action="version", version=f"notifyd {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    configured = argparse.ArgumentParser(add_help=False)
+    configured.add_argument(
+        "--config", metavar="FILE", help="settings, TOML (or NOTIFYD_CONFIG names the file)"
+    )
+    remote = argparse.ArgumentParser(add_help=False, parents=[configured])
+    remote.add_argument(
+        "--url", type=_url, help="the server (default: where the settings have it listen)"
+    )
+
+    serve = commands.add_parser("serve", parents=[configured], help="run the server")
+    serve.add_argument("--host", help="address to listen on, instead of server.host")
+    serve.add_argument("--port", help="port to listen on, instead of server.port")
+    serve.set_defaults(run=_serve)
+
+    check = commands.add_parser(
+        "check-config", parents=[configured], help="say what is wrong with the settings"
+    )
+    check.set_defaults(run=_check_config)
+
+    default = commands.add_parser(
+        "default-config", help="print every option with its default, unit and meaning"
+    )
+    default.set_defaults(run=_default_config)
+
+    token = commands.add_parser("token", parents=[configured], help="make a user's token")
+    token.add_argument("--user", required=True, help="user id")
+    token.add_argument("--tenant", default="default")
+    token.add_argument("--role", action="append", default=[], help="may be given several times")
+    token.add_argument(
+        "--channel",
+        action="append",
+        help="channel or pattern the user may subscribe to, several times; none: as the rules say",
+    )
+    token.add_argument(
+        "--ttl", type=int, default=DAY, metavar="SECONDS", help="lifetime (default: a day)"
+    )
+    token.set_defaults(run=_token)
+
+    send = commands.add_parser("send", parents=[remote], help="send one notification")
+    target = send.add_mutually_exclusive_group(required=True)
+    target.add_argument("--user", help="to this user")
+    target.add_argument("--channel", help="to who is subscribed to this channel")
+    target.add_argument("--broadcast", action="store_true", help="to everybody connected")
+    send.add_argument("event", metavar="EVENT", help="its type, as order.created")
+    send.add_argument("payload", metavar="JSON", type=_json, help='as {"order_id":42}')
+    send.set_defaults(run=_send)
+
+    listen = commands.add_parser(
+        "listen", parents=[remote], help="print what arrives, one JSON object a line"
+    )
+    listen.add_argument("--user", default="cli", help="as this user (default: cli)")
+    listen.add_argument(
+        "--channel", action="append", default=[], help="subscribe to it; several times"
+    )
+    listen.set_defaults(run=_listen)
+    return parser
+
+
+def _url(text: str) -> str:
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text!r} does not begin with http:// or https://")
+    return text
+
+
+def _json(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+
+
+def _serve(arguments: Arguments, environ: Environment) -> int:
+    flags = {"server.host": arguments.host, "server.port": arguments.port}
+    settings = load_settings(
+        arguments.config,
+        environ,
+        warn=_warn,
+        overrides={name: text for name, text in flags.items() if text is not None},
+    )
+    settings = with_credentials(settings)
+
+    from notifyd.app import serve
+
+    def announce(url: str) -> None:
+        if not settings.production:
+            print(_welcome(settings, url), flush=True)
+
+    return serve(settings, announce=announce)
+
+
+def _check_config(arguments: Arguments, environ: Environment) -> int:
+    settings = load_settings(arguments.config, environ, warn=_warn)
+
+    from notifyd.auth import ApiKeys, TokenVerifier
+    from notifyd.channel_rules import ChannelRules
+
+    # Keys and patterns are refused by those who use them.
+    TokenVerifier(settings.auth, production=settings.production)
+    ApiKeys(settings.auth)
+    ChannelRules(settings.channels.rules)
+    print(f"The settings are fine: {settings.server.mode}, {_own_url(settings)}")
+    return 0
+
+
+def _default_config(_arguments: Arguments, _environ: Environment) -> int:
+    sys.stdout.write(default_config())
+    return 0
+
+
+def _token(arguments: Arguments, environ: Environment) -> int:
+    settings = with_credentials(load_settings(arguments.config, environ, warn=_warn))
+
+    from notifyd.auth import TokenVerifier
+
+    verifier = TokenVerifier(settings.auth, production=settings.production)
+    token, _ = verifier.mint(
+        arguments.user,
+        ttl=arguments.ttl,
+        roles=arguments.role,
+        channels=arguments.channel,
+        tenant=arguments.tenant,
+    )
+    print(token)
+    return 0
+
+
+def _send(arguments: Arguments, environ: Environment) -> int:
+    settings = _settings_of_client(arguments, environ)
+    key = _publishing_key(settings)
+    if key is None:
+        raise ConfigurationError(
+            "auth.api_key: a key that may publish is needed; set NOTIFYD_AUTH__API_KEY, or run "
+            "this where `notifyd serve` was started"
+        )
+
+    from notifyd.client import Client, NotifydClientError
+
+    url = arguments.url or _own_url(settings)
+    try:
+        with Client(url, api_key=key) as client:
+            receipt = client.send(
+                user=arguments.user,
+                channel=arguments.channel,
+                broadcast=arguments.broadcast,
+                event=arguments.event,
+                payload=arguments.payload,
+            )
+    except NotifydClientError as error:
+        _say(f"{url}: {error}")
+        return EXIT_FAILED
+    known = {name: value for name, value in msgspec.to_builtins(receipt).items() if value}
+    print(json.dumps({"outcome": receipt.outcome, "delivered_to": 0} | known, ensure_ascii=False))
+    return EXIT_FAILED if receipt.outcome == "failed" else 0
+
+
+def _listen(arguments: Arguments, environ: Environment) -> int:
+    settings = _settings_of_client(arguments, environ)
+
+    from notifyd.auth import TokenVerifier
+    from notifyd.client import Client, NotifydClientError
+
+    verifier = TokenVerifier(settings.auth, production=settings.production)
+
+    def token() -> str:
+        # The claim covers what is asked for, so that rules of `claim` are met too.
+        return verifier.mint(arguments.user, ttl=DAY, channels=arguments.channel or None)[0]
+
+    # `_tell` says what the client would log.
+    logging.getLogger("notifyd.client").addHandler(logging.NullHandler())
+    url = arguments.url or _own_url(settings)
+    try:
+        with Client(url, token=token) as client:
+            for notification in client.listen(arguments.channel, on_event=_tell):
+                print(_line(notification), flush=True)
+                notification.ack()
+    except NotifydClientError as error:
+        _say(f"{url}: {error}")
+        return EXIT_FAILED
+    _say("the connection was given up, as its user has newer ones")
+    return EXIT_FAILED
+
+
+def _settings_of_client(arguments: Arguments, environ: Environment) -> Settings:
+    return with_kept_credentials(load_settings(arguments.config, environ, warn=_warn))
+
+
+def _line(notification: Notification[None]) -> str:
+    metadata = msgspec.to_builtins(notification.metadata)
+    told = {
+        "id": notification.id,
+        "occurred_at": notification.occurred_at,
+        "event_type": notification.event_type,
+        "payload": notification.payload,
+        "metadata": {name: value for name, value in metadata.items() if value},
+    }
+    return msgspec.json.encode(told).decode()
+
+
+def _tell(event: Event) -> None:
+    """Say on standard error what a person at a terminal wants to know."""
+    from notifyd.client import Connected, Disconnected, Gap, Problem, Subscribed
+
+    match event:
+        case Connected():
+            _say(f"connected as {event.user_id}")
+        case Subscribed():
+            _say(f"subscribed to {', '.join(event.channels)}")
+        case Gap():
+            _say(f"something of {event.stream} was missed: {event.reason}")
+        case Problem():
+            _say(f"{event.code}: {event.message}")
+        case Disconnected():
+            _say(_disconnection(event))
+
+
+def _disconnection(event: Disconnected) -> str:
+    again = "" if event.retry_in is None else f"; trying again in {event.retry_in:.1f} s"
+    return f"disconnected ({event.code} {event.reason}){again}"
+
+
+def _publishing_key(settings: Settings) -> str | None:
+    for entry in settings.auth.api_keys:
+        if entry.key is not None and {"publish", "admin"} & set(entry.scopes):
+            return entry.key
+    return None
+
+
+def _own_url(settings: Settings) -> str:
+    """Where a server with these settings is reached from the same machine."""
+    scheme = "http" if settings.server.tls_cert is None else "https"
+    host = settings.server.host.strip("[]")
+    # An address that stands for all of them is no destination.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- nothing is bound
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.server.port}"
+
+
+def _welcome(settings: Settings, url: str) -> str:
+    """What development prints once it listens: a page to open, and commands to copy."""
+    from notifyd.auth import TokenVerifier
+
+    program = _program()
+    lines = [
+        f"notifyd {__version__}, development",
+        "",
+        f"  Open     {url}/demo",
+        f"  Listen   {program} listen --user alice --url {url}",
+    ]
+    if key := _publishing_key(settings):
+        body = {
+            "target": {"type": "user", "value": "alice"},
+            "event_type": "order.created",
+            "payload": {"order_id": 42},
+        }
+        lines += [
+            f"  Send     curl {url}/api/v1/notifications \\",
+            f"             -H 'X-API-Key: {key}' -H 'Content-Type: application/json' \\",
+            f"             -d {shlex.quote(json.dumps(body))}",
+        ]
+    if settings.auth.jwt_secrets:
+        verifier = TokenVerifier(settings.auth, production=False)
+        token, _ = verifier.mint("alice", ttl=DAY)
+        lines += [
+            f"  Token    {token}",
+            f"           (alice's, for a day; another: {program} token --user bob)",
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _program() -> str:
+    """The command as one can type it here: not everybody has it in PATH."""
+    called = sys.argv[0]
+    if shutil.which("notifyd") or not os.path.isfile(called):
+        return "notifyd"
+    return shlex.quote(os.path.relpath(called))
+
+
+def _warn(message: str) -> None:
+    _say(f"warning: {message}")
+
+
+def _say(message: str) -> None:
+    print(f"notifyd: {message}", file=sys.stderr, flush=True)
