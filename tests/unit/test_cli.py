@@ -254,6 +254,14 @@ class TestServe:
         cli.main(["serve"], {})
         assert "  .venv/bin/notifyd listen --user alice" in capsys.readouterr().out
 
+    @pytest.mark.usefixtures("app")
+    def test_a_command_that_is_in_no_file(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["-c"])
+        cli.main(["serve"], {})
+        assert "  notifyd listen --user alice" in capsys.readouterr().out
+
     def test_production_prints_nothing(
         self, app: FakeApp, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -296,7 +304,7 @@ class TestSend:
         Publishing.requests.clear()
         Publishing.answers.clear()
         with ThreadingHTTPServer(("127.0.0.1", 0), Publishing) as server:
-            thread = threading.Thread(target=server.serve_forever, daemon=True)
+            thread = threading.Thread(target=server.serve_forever, args=(0.01,))
             thread.start()
             yield f"http://127.0.0.1:{server.server_port}"
             server.shutdown()
@@ -417,7 +425,7 @@ class TestListen:
 
         claims = jwt.decode(tokens[0], SECRET, algorithms=["HS256"])
         assert (claims["sub"], claims["channels"]) == ("u1", ["orders"])
-        assert heard[-1] == {"type": "Ack", "payload": {"notification_id": self.ID}}
+        assert heard[-1] == {"type": "Ack", "payload": {"notification_ids": [self.ID]}}
         out, err = capsys.readouterr()
         assert json.loads(out) == {
             "id": self.ID,
