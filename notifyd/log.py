@@ -12,6 +12,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, TextIO
 
 import msgspec
@@ -47,7 +48,7 @@ _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")
 
 # None of these can backtrack further than the run of characters it stands in.
 _HEADER = re.compile(
-    r"(?i)\b(authorization|(?:set-)?cookie|x-api-key)(['\"]?\s*+[:,]\s*+b?['\"]?)[^\r\n'\"]++"
+    r"(?i)\b((?:authorization|(?:set-)?cookie|x-api-key)['\"]?\s*+[:,]\s*+b?['\"]?)[^\r\n'\"]++"
 )
 _JWT = re.compile(
     r"(?<![A-Za-z0-9_-])(?=[A-Za-z0-9_-]*eyJ)[A-Za-z0-9_-]++\.[A-Za-z0-9_-]++\.[A-Za-z0-9_-]*+"
@@ -59,15 +60,25 @@ _MEMBER = re.compile(_NAMED + r"\\?['\"]\s*+:\s*+b?\\?['\"])[^'\"\\]++")
 _USERINFO = re.compile(r"(://[^\s/:@\"']*+:)[^\s/@\"']++@")
 
 
+# Every secret above needs one of the characters that are missing here, or the word bearer.
+_PLAIN = re.compile(r"(?:(?!bearer)[A-Za-z0-9 _/()-])*+", re.IGNORECASE)
+
+
+def _keep_name(found: re.Match[str]) -> str:
+    return found[1] + MASK
+
+
 def mask_text(text: str) -> str:
     """`text` without JWTs, bearer credentials, `token=…` and its like, and passwords in URLs."""
-    text = _HEADER.sub(rf"\1\2{MASK}", text)
+    text = _HEADER.sub(_keep_name, text)
     text = _JWT.sub(MASK, text)
-    for secret in (_BEARER, _ASSIGNED, _MEMBER):
-        text = secret.sub(rf"\1{MASK}", text)
+    text = _BEARER.sub(_keep_name, text)
+    text = _ASSIGNED.sub(_keep_name, text)
+    text = _MEMBER.sub(_keep_name, text)
     return _USERINFO.sub(rf"\1{MASK}@", text)
 
 
+@lru_cache(maxsize=1024)
 def is_secret_name(name: str) -> bool:
     """Whether what stands under `name` is secret: one of its words is token, secret, key, …"""
     return any(word.lower() in _SECRET_WORDS for word in _WORD.findall(name))
@@ -88,6 +99,8 @@ def _escaped(found: re.Match[str]) -> str:
 
 def safe_text(text: str) -> str:
     """`text` on one line, without secrets and control characters, at most 8,192 characters long."""
+    if len(text) <= MAX_TEXT and _PLAIN.fullmatch(text):
+        return text
     text = _CONTROL.sub(_escaped, mask_text(text))
     if len(text) > MAX_TEXT:
         return f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT} more)"
@@ -135,12 +148,15 @@ def _safe_item(name: object, value: object, nesting: int) -> object:
 
 def make_safe(logger: object, method: str, entry: EventDict) -> EventDict:
     """The structlog processor that masks secrets and escapes foreign text, the names too."""
-    return {
-        safe_text(name): _safe_traceback(value)
-        if name in {"exception", "stack"} and isinstance(value, str)
-        else _safe_item(name, value, 0)
-        for name, value in entry.items()
-    }
+    safe: EventDict = {}
+    for name, value in entry.items():
+        if name in {"timestamp", "level"}:
+            safe[name] = value  # written by the processors before this one
+        elif name in {"exception", "stack"} and isinstance(value, str):
+            safe[name] = _safe_traceback(value)
+        else:
+            safe[safe_text(name)] = _safe_item(name, value, 0)
+    return safe
 
 
 # --- configuration --------------------------------------------------------------------------------

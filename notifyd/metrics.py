@@ -35,14 +35,14 @@ CLOSE_REASONS = (
     "internal",  # 1011
     "unauthorized",  # 4001
     "forbidden",  # 4003
-    "slow_consumer",  # 4008
+    "slow",  # 4008
     "connection_limit",  # 4009 and 4029
     "evicted",  # 4009, for a newer connection of the same user
     "token_expired",  # 4010
     "idle",  # 4012
     "rate_limited",  # 4029
 )
-FAILURE_REASONS = ("queue_full", "slow_consumer", "unavailable", "too_large")
+FAILURE_REASONS = ("queue_full", "slow", "unavailable", "too_large")
 
 OTHER = "other"
 """The label value that stands for every one that is not known in advance."""
