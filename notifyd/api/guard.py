@@ -7,12 +7,12 @@ limits, request ids, CORS, metrics and errors are the same whichever way a reque
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from time import perf_counter
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
+import structlog
 from msgspec import Meta
 
 from notifyd.auth import ApiKeys, Origins
@@ -38,8 +38,6 @@ from notifyd.idempotency import (
 from notifyd.identifiers import request_id
 from notifyd.identity import DEFAULT_TENANT, Identity, Principal
 from notifyd.metrics import Counter, Metrics
-
-logger = logging.getLogger("notifyd.api")
 
 MAX_BODY_BYTES = 65536
 RETRY_AFTER_SECONDS = 1
@@ -152,7 +150,7 @@ Handler: TypeAlias = Callable[[Request], Eventually[msgspec.Struct | None]]
 class Description(msgspec.Struct, frozen=True):
     """What OpenAPI says of an endpoint; `body` and `answer` are the types on the wire.
 
-    `answers` names statuses beside the endpoint's own, `content_type` what is not JSON.
+    `errors` are statuses that not every endpoint of its kind has; `content_type` is the answer's.
     """
 
     summary: str
@@ -188,6 +186,7 @@ class Guard:
         self.idempotency = idempotency
         self.metrics = metrics
         self.production = production
+        self._log = structlog.get_logger("notifyd.api")
 
     # --- who calls ---
 
@@ -277,11 +276,11 @@ class Guard:
         """The error to tell; what is our own fault is logged, and masked in production."""
         if isinstance(error, NotifydError) and not isinstance(error, Internal):
             return error
-        logger.error(
-            "%s %s failed, request %s",
-            request.method,
-            request.route,
-            request.request_id,
+        self._log.error(
+            "a request failed",
+            method=request.method,
+            route=request.route,
+            request_id=request.request_id,
             exc_info=error,
         )
         if self.production:
@@ -302,17 +301,17 @@ class Guard:
         return headers
 
     def preflight(self, origin: bytes, asked_headers: bytes | None, methods: str) -> Answer:
-        """The answer to a browser that asks before it calls; 403 for a foreign page."""
-        headers = self.cors(origin)
+        """The answer to a browser that asks before it calls, but for what `cors` adds.
+
+        Raises Forbidden for a page of a foreign origin.
+        """
         if not self._allows(origin):
             hint = f'add "{origin.decode("latin-1")}" to cors.origins'
-            error = Forbidden("Pages of this origin may not call.", hint=hint)
-            return Answer(403, self._error_body(error), headers)
+            raise Forbidden("Pages of this origin may not call.", hint=hint)
         return Answer(
             204,
             b"",
             (
-                *headers,
                 (b"access-control-allow-methods", methods.encode()),
                 (b"access-control-allow-headers", asked_headers or b"Authorization, Content-Type"),
                 (b"access-control-max-age", b"600"),
@@ -433,6 +432,18 @@ class Endpoint:
         except Exception as error:  # noqa: BLE001  # the one place that turns a fault into a 500, and logs it
             result = self._guard.refusal(request, error)
         return self._conclude(request, started, origin, result)  # type: ignore[arg-type]  # not awaitable
+
+    def finish(self, request: Request, answer: Answer) -> Answer:
+        """An answer that did not come from the handler, with what every answer carries; counted."""
+        request.request_id = request_id(request.header(b"x-request-id"))
+        return self._conclude(request, perf_counter(), request.header(b"origin"), answer)
+
+    def refuse(self, request: Request, error: NotifydError, headers: Headers = ()) -> Answer:
+        """The answer to a request that does not get as far as the handler; counted."""
+        refusal = self._guard.refusal(request, error)
+        return self.finish(
+            request, msgspec.structs.replace(refusal, headers=refusal.headers + headers)
+        )
 
     def _as_user(self, request: Request) -> Eventually[msgspec.Struct | None]:
         identity = self._guard.identify(request)

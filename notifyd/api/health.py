@@ -1,0 +1,182 @@
+"""Whether the server lives, is ready, and how it does; and its metrics for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from notifyd import __version__
+from notifyd.api.guard import Answer, Description, Endpoint, Guard, Request
+from notifyd.api.stats import NO_STORE, ConnectionFigures, QueueFigures, Stats, StoreFigures
+from notifyd.errors import ShuttingDown, Unavailable
+from notifyd.eventually import Eventually, then
+from notifyd.metrics import Metrics
+
+Phase: TypeAlias = Literal["starting", "ready", "draining"]
+
+
+class ConnectionHealth(msgspec.Struct, gc=False):
+    """Connections open now."""
+
+    total: int
+    unique_users: int
+    channels_count: int
+
+
+class QueueHealth(msgspec.Struct, gc=False):
+    """What waits for users who are not connected."""
+
+    enabled: bool
+    backend: str
+    total_messages: int
+
+
+class ClusterHealth(msgspec.Struct, gc=False):
+    """Whether this is one of several nodes."""
+
+    enabled: bool
+
+
+class Health(msgspec.Struct, gc=False, omit_defaults=True):
+    """How the server does; all but the first three for callers who may read."""
+
+    status: Literal["healthy", "degraded"]
+    version: str
+    uptime_seconds: int
+    redis: StoreFigures | None = None
+    postgres: StoreFigures | None = None
+    connections: ConnectionHealth | None = None
+    queue: QueueHealth | None = None
+    cluster: ClusterHealth | None = None
+
+
+class Alive(msgspec.Struct, gc=False):
+    """The event loop runs."""
+
+    status: Literal["alive"]
+
+
+class Ready(msgspec.Struct, gc=False):
+    """Connections and calls are welcome."""
+
+    status: Literal["ready"]
+
+
+class Operations:
+    """The handlers of health and metrics.
+
+    `phase` tells where the server stands in its life; `clock` gives Unix seconds, as `started_at`.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        stats: Stats,
+        metrics: Metrics,
+        *,
+        phase: Callable[[], Phase],
+        clock: Callable[[], float],
+        started_at: float,
+        metrics_enabled: bool,
+        metrics_public: bool,
+    ) -> None:
+        self._guard = guard
+        self._stats = stats
+        self._metrics = metrics
+        self._phase = phase
+        self._clock = clock
+        self._started_at = started_at
+        self._metrics_enabled = metrics_enabled
+        self._metrics_public = metrics_public
+
+    def endpoints(self) -> list[Endpoint]:
+        """Health for anybody; metrics for who may read, where they are switched on."""
+        guard, tag = self._guard, "Operations"
+        endpoints = [
+            Endpoint(
+                guard,
+                "GET",
+                "/health",
+                self.health,
+                Description("How the server does", tag, answer=Health),
+                access="open",
+            ),
+            Endpoint(
+                guard,
+                "GET",
+                "/health/live",
+                self.live,
+                Description("Whether the server lives", tag, answer=Alive),
+                access="open",
+            ),
+            Endpoint(
+                guard,
+                "GET",
+                "/health/ready",
+                self.ready,
+                Description("Whether the server is ready", tag, answer=Ready, errors=(503,)),
+                access="open",
+            ),
+        ]
+        if self._metrics_enabled:
+            public = self._metrics_public or not guard.production
+            description = Description("Metrics for Prometheus", tag, content_type="text/plain")
+            endpoints.append(
+                Endpoint(
+                    guard,
+                    "GET",
+                    "/metrics",
+                    self.metrics,
+                    description,
+                    access="open" if public else "read",
+                )
+            )
+        return endpoints
+
+    def health(self, request: Request) -> Eventually[Health]:
+        """GET /health."""
+        status: Literal["healthy", "degraded"] = (
+            "healthy" if self._phase() == "ready" else "degraded"
+        )
+        uptime = max(0, int(self._clock() - self._started_at))
+        if not self._guard.may_read(request):
+            return Health(status, __version__, uptime)
+        connections = self._stats.connections(request.tenant)
+
+        def in_full(queue: QueueFigures) -> Health:
+            return Health(
+                status,
+                __version__,
+                uptime,
+                NO_STORE,
+                NO_STORE,
+                _connection_health(connections),
+                QueueHealth(queue.enabled, queue.backend, queue.total_messages),
+                ClusterHealth(enabled=False),
+            )
+
+        return then(self._stats.queue(), in_full)
+
+    def live(self, request: Request) -> Alive:
+        """GET /health/live."""
+        return Alive("alive")
+
+    def ready(self, request: Request) -> Ready:
+        """GET /health/ready."""
+        phase = self._phase()
+        if phase == "starting":
+            raise Unavailable("The server is starting.")
+        if phase == "draining":
+            raise ShuttingDown("The server is shutting down.")
+        return Ready("ready")
+
+    def metrics(self, request: Request) -> Answer:
+        """GET /metrics."""
+        body = self._metrics.render()
+        return Answer(200, body, content_type=self._metrics.content_type.encode())
+
+
+def _connection_health(figures: ConnectionFigures) -> ConnectionHealth:
+    return ConnectionHealth(figures.total_connections, figures.unique_users, len(figures.channels))
