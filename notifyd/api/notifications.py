@@ -310,8 +310,8 @@ class BatchAnswer(msgspec.Struct, gc=False):
 class Publishing:
     """The handlers of the publishing calls.
 
-    `clock` gives Unix seconds, `new_id` a UUID's text. In development an answer that reached nobody
-    says why.
+    `clock` gives Unix seconds, `new_id` a UUID's text; `source` is the way in, for the metrics. In
+    development an answer that reached nobody says why.
     """
 
     def __init__(
@@ -322,8 +322,10 @@ class Publishing:
         *,
         clock: Callable[[], float],
         new_id: Callable[[], str],
+        source: str = "http",
     ) -> None:
         self._guard = guard
+        self._source = source
         self._dispatch = dispatcher.dispatch
         self._templates = templates
         self._clock = clock
@@ -437,7 +439,7 @@ class Publishing:
             target,
             notification,
             exclude_connection=content.exclude_connection,
-            source="http",
+            source=self._source,
         )
         return then(receipt, lambda receipt: self._answer(target, notification, receipt))
 
@@ -597,7 +599,7 @@ class Publishing:
             item.target,
             notification,
             exclude_connection=body.exclude_connection,
-            source="http",
+            source=self._source,
         )
         return then(receipt, lambda receipt: _item_result(item.index, receipt))
 
