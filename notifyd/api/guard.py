@@ -18,11 +18,14 @@ from msgspec import Meta
 from notifyd.auth import ApiKeys, Origins
 from notifyd.errors import (
     BadRequest,
+    Conflict,
     Forbidden,
     Internal,
+    NotFound,
     NotifydError,
     PayloadTooLarge,
     Unauthorized,
+    Unavailable,
     ValidationError,
 )
 from notifyd.eventually import Eventually, is_awaitable, then
@@ -62,8 +65,8 @@ class Request:
     """One HTTP request, read to its end.
 
     `route` is the path's pattern, `path_params` its decoded parts, `query` what stood behind the
-    question mark; header names are in lower case. `scope` is the ASGI scope where there is one. The
-    last five are filled in by the guard.
+    question mark; header names are in lower case. `scope` is the ASGI scope where there is one,
+    `source` the way it came in, for the metrics. The last five are filled in by the guard.
     """
 
     __slots__ = (
@@ -79,6 +82,7 @@ class Request:
         "request_id",
         "route",
         "scope",
+        "source",
         "tenant",
     )
 
@@ -101,6 +105,7 @@ class Request:
         self.body = body
         self.address = address
         self.scope = scope
+        self.source = "http"
         self.request_id = ""
         self.tenant = DEFAULT_TENANT
         self.principal = _NO_PRINCIPAL
@@ -330,6 +335,7 @@ class Endpoint:
         "_authenticate",
         "_counters",
         "_guard",
+        "_needs_key",
         "_seconds",
         "access",
         "description",
@@ -362,6 +368,7 @@ class Endpoint:
         self.max_body = max_body
         self.status = status
         self.idempotent = idempotent
+        self._needs_key = access not in {"user", "open"}
         self._guard = guard
         self._authenticate = guard.api_keys.authenticate
         self._seconds = guard.metrics.http_request_seconds
@@ -397,7 +404,7 @@ class Endpoint:
         access = self.access
         result: Eventually[msgspec.Struct | None]
         try:
-            if access not in {"user", "open"}:
+            if self._needs_key:
                 request.principal = principal = self._authenticate(
                     key or _bearer_key(authorization)
                 )
@@ -432,6 +439,30 @@ class Endpoint:
         except Exception as error:  # noqa: BLE001  # the one place that turns a fault into a 500, and logs it
             result = self._guard.refusal(request, error)
         return self._conclude(request, started, origin, result)  # type: ignore[arg-type]  # not awaitable
+
+    def in_process(self, request: Request) -> Eventually[bytes]:
+        """The body of the answer to the embedding application, which needs no key.
+
+        `request` has its principal, tenant and idempotency key already. Raises NotifydError.
+        """
+        result: Eventually[msgspec.Struct | None]
+        if request.idempotency_key is not None and self.idempotent:
+            result = self._guard.once(
+                request,
+                "key",
+                request.idempotency_key,
+                request.body,
+                lambda: self._guard.attempt(request, self.handler, self.status),
+            )
+        else:
+            result = self.handler(request)
+        return then(result, self._body_or_error)
+
+    def _body_or_error(self, result: msgspec.Struct | None) -> bytes:
+        answer = _whole(result, self.status)
+        if answer.status >= 400:
+            raise _error_in(answer)
+        return answer.body
 
     def finish(self, request: Request, answer: Answer) -> Answer:
         """An answer that did not come from the handler, with what every answer carries; counted."""
@@ -510,6 +541,22 @@ def bearer(authorization: bytes | None) -> bytes | None:
     if authorization is None or authorization[:7].lower() != b"bearer ":
         return None
     return authorization[7:].strip() or None
+
+
+_decode_error = msgspec.json.Decoder(ErrorAnswer).decode
+_ERRORS: dict[str, type[NotifydError]] = {
+    error.code: error
+    for error in (BadRequest, Conflict, NotFound, PayloadTooLarge, ValidationError, Unavailable)
+}
+
+
+def _error_in(answer: Answer) -> NotifydError:
+    """The error that an answer tells of."""
+    told = _decode_error(answer.body).error
+    details = told.details or ErrorDetails()
+    return _ERRORS.get(told.code, Internal)(
+        told.message, field=details.field, constraint=details.constraint, hint=told.hint
+    )
 
 
 def too_large(limit: int) -> PayloadTooLarge:

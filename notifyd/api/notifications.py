@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta, Raw
@@ -215,7 +215,7 @@ class BatchBody(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=Tru
 # --- what goes out ------------------------------------------------------------------------------
 
 
-class SendAnswer(msgspec.Struct, gc=False, kw_only=True, omit_defaults=True):
+class SendAnswer(msgspec.Struct, gc=False, omit_defaults=True):
     """What became of a notification.
 
     `outcome` is the best of its recipients'. `delivered_to` and `routed` count connections,
@@ -263,7 +263,7 @@ class ChannelsAnswer(SendAnswer, gc=False, kw_only=True, omit_defaults=True):
     total_delivered: int
 
 
-class BatchResult(msgspec.Struct, gc=False, kw_only=True, omit_defaults=True):
+class BatchResult(msgspec.Struct, gc=False, omit_defaults=True):
     """What became of the item at `index`.
 
     The nil UUID stands where nothing was sent; an item that was skipped has no outcome.
@@ -310,8 +310,8 @@ class BatchAnswer(msgspec.Struct, gc=False):
 class Publishing:
     """The handlers of the publishing calls.
 
-    `clock` gives Unix seconds, `new_id` a UUID's text; `source` is the way in, for the metrics. In
-    development an answer that reached nobody says why.
+    `clock` gives Unix seconds, `new_id` a UUID's text. In development an answer that reached nobody
+    says why.
     """
 
     def __init__(
@@ -322,10 +322,8 @@ class Publishing:
         *,
         clock: Callable[[], float],
         new_id: Callable[[], str],
-        source: str = "http",
     ) -> None:
         self._guard = guard
-        self._source = source
         self._dispatch = dispatcher.dispatch
         self._templates = templates
         self._clock = clock
@@ -422,7 +420,7 @@ class Publishing:
 
     def _send(self, request: Request, content: Content, target: Target) -> Eventually[SendAnswer]:
         built = self._build(request.tenant, content)
-        if is_awaitable(built):
+        if content.template_id is not None and is_awaitable(built):
             return self._send_later(request, content, target, built)
         return self._sent(request, content, target, built)  # type: ignore[arg-type]  # not awaitable
 
@@ -439,9 +437,16 @@ class Publishing:
             target,
             notification,
             exclude_connection=content.exclude_connection,
-            source=self._source,
+            source=request.source,
         )
-        return then(receipt, lambda receipt: self._answer(target, notification, receipt))
+        if is_awaitable(receipt):
+            return self._answer_later(target, notification, receipt)
+        return self._answer(target, notification, receipt)  # type: ignore[arg-type]  # not awaitable
+
+    async def _answer_later(
+        self, target: Target, notification: Notification, pending: Awaitable[Receipt]
+    ) -> SendAnswer:
+        return self._answer(target, notification, await pending)
 
     def _build(self, tenant: str, content: Content) -> Eventually[Notification]:
         """The notification, whole and checked; raises ValidationError and NotFound."""
@@ -487,32 +492,31 @@ class Publishing:
         )
 
     def _answer(self, target: Target, notification: Notification, receipt: Receipt) -> SendAnswer:
-        common: dict[str, Any] = {
-            "success": receipt.success,
-            "notification_id": receipt.notification_id,
-            "delivered_to": receipt.delivered_to,
-            "failed": receipt.failed,
-            "timestamp": timestamp_text(notification.occurred_at),
-            "outcome": receipt.outcome,
-            "routed": receipt.routed,
-            "queued": receipt.queued,
-            "reason": receipt.reason,
-        }
-        if not self._guard.production and not receipt.success:
-            common["hint"] = _hint(target, receipt)
-        match target.type:
-            case "channel":
-                return ChannelAnswer(channel=target.names[0], **common)
-            case "channels":
-                taken = receipt.channels or {}
-                counts = {name: ChannelCount(taken.get(name, 0)) for name in target.names}
-                return ChannelsAnswer(
-                    channels=counts, total_delivered=receipt.delivered_to, **common
-                )
-            case "users":
-                return SendToUsersAnswer(results=receipt.results or {}, **common)
-            case _:
-                return SendAnswer(**common)
+        shared = (
+            receipt.success,
+            receipt.notification_id,
+            receipt.delivered_to,
+            receipt.failed,
+            timestamp_text(notification.occurred_at),
+            receipt.outcome,
+            receipt.routed,
+            receipt.queued,
+            receipt.reason,
+            None if self._guard.production or receipt.success else _hint(target, receipt),
+        )
+        type = target.type
+        if type == "channel":
+            return ChannelAnswer(*shared, channel=target.names[0])
+        if type == "users":
+            return SendToUsersAnswer(*shared, results=receipt.results or {})
+        if type == "channels":
+            taken = receipt.channels or {}
+            return ChannelsAnswer(
+                *shared,
+                channels={name: ChannelCount(taken.get(name, 0)) for name in target.names},
+                total_delivered=receipt.delivered_to,
+            )
+        return SendAnswer(*shared)
 
     # --- a batch ---
 
@@ -570,27 +574,43 @@ class Publishing:
         """One item; whatever is wrong with it is its own result."""
         try:
             body = self._notification_body.item(raw)
-            item = _Item(batch, index, raw, body, _target(body.target))
+            target = _target(body.target)
             built = self._build(batch.request.tenant, body)
-            if is_awaitable(built):
-                return self._item_awaited(item, self._item_later(item, built))
-            result = self._item_built(item, built)  # type: ignore[arg-type]  # not awaitable
-            return self._item_awaited(item, result) if is_awaitable(result) else result
+            if body.template_id is not None and is_awaitable(built):
+                item = _Item(batch, index, raw, body, target)
+                return self._item_awaited(batch, index, self._item_later(item, built))
+            if batch.deduplicate or body.idempotency_key is not None or body.id is not None:
+                item = _Item(batch, index, raw, body, target)
+                result = self._item_built(item, built)  # type: ignore[arg-type]  # not awaitable
+                return self._item_awaited(batch, index, result) if is_awaitable(result) else result
+            receipt = self._dispatch(
+                batch.request.tenant,
+                target,
+                built,  # type: ignore[arg-type]  # not awaitable
+                exclude_connection=body.exclude_connection,
+                source=batch.request.source,
+            )
+            if is_awaitable(receipt):
+                pending = _item_result_later(index, receipt)
+                return self._item_awaited(batch, index, pending)
+            return _item_result(index, receipt)  # type: ignore[arg-type]  # not awaitable
         except Exception as error:  # noqa: BLE001  # the item's own result, and logged where it is our fault
             return self._bad_item(batch, index, error)
 
-    async def _item_awaited(self, item: _Item, pending: Awaitable[BatchResult]) -> BatchResult:
+    async def _item_awaited(
+        self, batch: _Batch, index: int, pending: Awaitable[BatchResult]
+    ) -> BatchResult:
         try:
             return await pending
         except Exception as error:  # noqa: BLE001  # as above
-            return self._bad_item(item.batch, item.index, error)
+            return self._bad_item(batch, index, error)
 
     async def _item_later(self, item: _Item, built: Awaitable[Notification]) -> BatchResult:
         return await settled(self._item_built(item, await built))
 
     def _item_built(self, item: _Item, notification: Notification) -> Eventually[BatchResult]:
         batch, body = item.batch, item.body
-        if batch.repeats(item.target, notification.event_type):
+        if batch.deduplicate and batch.repeats(item.target, notification.event_type):
             return _skipped_item(item.index, success=True)
         if body.idempotency_key is not None or body.id is not None:
             return self._item_once(item, notification)
@@ -599,7 +619,7 @@ class Publishing:
             item.target,
             notification,
             exclude_connection=body.exclude_connection,
-            source=self._source,
+            source=batch.request.source,
         )
         return then(receipt, lambda receipt: _item_result(item.index, receipt))
 
@@ -641,16 +661,15 @@ class Publishing:
 class _Batch:
     """What the items of one batch share."""
 
-    __slots__ = ("_seen", "request")
+    __slots__ = ("_seen", "deduplicate", "request")
 
     def __init__(self, request: Request, deduplicate: bool) -> None:
         self.request = request
-        self._seen: set[tuple[str, tuple[str, ...], str]] | None = set() if deduplicate else None
+        self.deduplicate = deduplicate
+        self._seen: set[tuple[str, tuple[str, ...], str]] = set()
 
     def repeats(self, target: Target, event_type: str) -> bool:
-        """Whether an earlier item had this target and event type, and that matters here."""
-        if self._seen is None:
-            return False
+        """Whether an earlier item had this target and event type; this one is remembered."""
         key = (target.type, tuple(sorted(target.names)), event_type)
         if key in self._seen:
             return True
@@ -683,15 +702,19 @@ def _skipped_item(index: int, *, success: bool, error: str | None = None) -> Bat
 
 def _item_result(index: int, receipt: Receipt) -> BatchResult:
     return BatchResult(
-        index=index,
-        success=receipt.success,
-        notification_id=receipt.notification_id,
-        delivered_to=receipt.delivered_to,
-        failed=receipt.failed,
-        queued=receipt.queued,
-        outcome=receipt.outcome,
-        error=receipt.reason,
+        index,
+        receipt.success,
+        receipt.notification_id,
+        receipt.delivered_to,
+        receipt.failed,
+        receipt.queued,
+        receipt.outcome,
+        receipt.reason,
     )
+
+
+async def _item_result_later(index: int, pending: Awaitable[Receipt]) -> BatchResult:
+    return _item_result(index, await pending)
 
 
 class _Kept(msgspec.Struct, frozen=True):
@@ -791,7 +814,7 @@ def checked_names(
 
 
 def _target(body: TargetBody) -> Target:
-    type = _choice(body.type, _TARGET_TYPES, "target.type")
+    type = _TARGET_TYPES.get(body.type) or _choice(body.type, _TARGET_TYPES, "target.type")
     value = body.value
     match type:
         case "user":
@@ -810,7 +833,7 @@ def _target(body: TargetBody) -> Target:
             if isinstance(value, list) and 1 <= len(value) <= MAX_USERS:
                 return Target(type, checked_names(value, user_id, "target.value"))
             raise _target_value(f"a list of 1 to {MAX_USERS} user ids")
-        case "channels":
+        case _:
             if isinstance(value, list) and 1 <= len(value) <= MAX_CHANNELS:
                 return Target(type, checked_names(value, channel_name, "target.value"))
             raise _target_value(f"a list of 1 to {MAX_CHANNELS} channel names")
