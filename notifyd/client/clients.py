@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import update_wrapper, wraps
 from types import TracebackType
-from typing import Any, Generic, ParamSpec, Self, TypeVar, assert_never, cast, overload
+from typing import Any, Generic, ParamSpec, Protocol, Self, TypeVar, assert_never, cast, overload
 
 import httpx
 
@@ -32,6 +32,14 @@ T = TypeVar("T")
 _DEFAULT_TIMEOUT = httpx.Timeout(5.0)
 
 
+class AsyncPerformer(Protocol):
+    """What performs calls when awaited: an AsyncClient, or a server in its own process."""
+
+    async def perform(self, call: Call[T]) -> T:
+        """Make a call and return its answer."""
+        ...
+
+
 class Endpoint(Generic[P, T]):
     """A call as a method: of a Client it returns the answer, of an AsyncClient a coroutine of it.
 
@@ -48,11 +56,11 @@ class Endpoint(Generic[P, T]):
     def __get__(self, instance: Client, owner: type) -> Callable[P, T]: ...
     @overload
     def __get__(
-        self, instance: AsyncClient, owner: type
+        self, instance: AsyncPerformer, owner: type
     ) -> Callable[P, Coroutine[Any, Any, T]]: ...
 
     def __get__(
-        self, instance: Client | AsyncClient | None, owner: type
+        self, instance: Client | AsyncPerformer | None, owner: type
     ) -> Callable[P, Call[T]] | Callable[P, T] | Callable[P, Coroutine[Any, Any, T]]:
         if instance is None:
             return self._build
@@ -76,11 +84,16 @@ def _sends(message: Callable[P, Message]) -> Endpoint[P, Receipt]:
     return Endpoint(send)
 
 
-class Calls:
-    """The HTTP API. What each call raises is told in `notifyd.client.errors`."""
+class PublishingCalls:
+    """The calls that publish."""
 
     send = _sends(Message)
     batch = Endpoint(calls.batch)
+
+
+class Calls(PublishingCalls):
+    """The HTTP API. What each call raises is told in `notifyd.client.errors`."""
+
     notification_acks = Endpoint(calls.notification_acks)
     ack = Endpoint(calls.ack)
     list_channels = Endpoint(calls.list_channels)

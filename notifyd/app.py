@@ -1,0 +1,383 @@
+"""The composition root: settings in, a server out. Every backend is chosen here, once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import msgspec
+import structlog
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
+from starlette.types import ASGIApp
+
+from notifyd.api.acks import identify_with
+from notifyd.api.guard import Endpoint, Guard, Request
+from notifyd.api.health import Phase
+from notifyd.api.realtime import AsgiEndpoint, Authenticate, Realtime, TokenOutOfQuery
+from notifyd.api.routes import Api, build_endpoints
+from notifyd.api.routes import Services as ApiServices
+from notifyd.auth import ApiKeys, Origins, TokenVerifier
+from notifyd.background import BackgroundTasks
+from notifyd.channel_rules import ChannelRules
+from notifyd.client.calls import Call
+from notifyd.client.clients import PublishingCalls
+from notifyd.connections.admission import Admission
+from notifyd.connections.connection import State
+from notifyd.connections.heartbeat import Heartbeat
+from notifyd.connections.lifecycle import Lifecycle, Limits
+from notifyd.connections.outbox import Bounds, Flusher
+from notifyd.connections.registry import Registry
+from notifyd.connections.replay import Replayer
+from notifyd.dispatch.confirmation import Confirmations
+from notifyd.dispatch.dispatcher import Dispatcher
+from notifyd.errors import ConfigurationError, Unauthorized
+from notifyd.eventually import Eventually, settled
+from notifyd.forwarded import TrustedProxies
+from notifyd.idempotency import MemoryIdempotencyKeys
+from notifyd.identifiers import new_uuid
+from notifyd.identity import Identity, Principal
+from notifyd.log import configure_logging
+from notifyd.metrics import Metrics
+from notifyd.notification import Notification
+from notifyd.options import Settings
+from notifyd.queue.base import AckLedger, UserLogs
+from notifyd.queue.memory import MemoryAckLedger, MemoryUserLogs
+from notifyd.server.http import Services
+from notifyd.server.serve import Serving
+from notifyd.server.serve import serve as serve_sockets
+from notifyd.settings import problems
+from notifyd.templates import MemoryTemplates
+
+T = TypeVar("T")
+
+DRAIN_PER_TURN = 200
+_IN_PROCESS = Principal(name="in process", scopes=frozenset({"publish"}))
+
+
+class Notifyd(PublishingCalls):
+    """A notification server inside an ASGI application, or behind `notifyd serve`.
+
+    `app` is mounted, `lifespan` runs around it (Starlette does not run a mounted app's own), and
+    `send` and `batch` publish in process; they raise `notifyd.errors`. `authenticate` says who a
+    connection is by the application's own means instead of a JWT, None for nobody. `clock` gives
+    Unix seconds. Raises ConfigurationError.
+    """
+
+    app: Starlette
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        authenticate: Authenticate | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.settings = settings = settings or Settings()
+        # An application that authenticates by itself needs no secret for tokens.
+        wrong = [
+            problem
+            for problem in problems(settings)
+            if authenticate is None or not problem.startswith("auth.jwt")
+        ]
+        if wrong:
+            raise ConfigurationError("\n".join(wrong))
+        self._clock = clock
+        self._log = structlog.get_logger("notifyd")
+        self._started_at = clock()
+        self._phase: Phase = "starting"
+        self._tasks = BackgroundTasks()
+        self.metrics = Metrics()
+        self._choose_backends()
+        self._connect_parts(authenticate)
+        self._observe()
+
+    def _choose_backends(self) -> None:
+        settings, metrics = self.settings, self.metrics
+        self._logs: UserLogs | None = None
+        if settings.queue.enabled:
+            self._logs = MemoryUserLogs(
+                max_size_per_user=settings.queue.max_size_per_user,
+                max_messages=settings.queue.max_messages,
+                message_ttl_seconds=settings.queue.message_ttl_seconds,
+                clock=self._clock,
+                on_dropped=metrics.queue_dropped_total.inc,
+            )
+        self._ledger: AckLedger | None = None
+        if settings.ack.enabled:
+            self._ledger = MemoryAckLedger(
+                timeout_seconds=settings.ack.timeout_seconds,
+                max_pending=settings.ack.max_pending,
+                clock=self._clock,
+                on_acknowledged=self._count_ack,
+                on_expired=metrics.ack_expired_total.inc,
+            )
+        self._templates = MemoryTemplates()
+        self._idempotency = MemoryIdempotencyKeys(settings.idempotency)
+
+    def _connect_parts(self, authenticate: Authenticate | None) -> None:
+        settings, clock = self.settings, self._clock
+        websocket, auth = settings.websocket, settings.auth
+        production = settings.production
+        spread = random.SystemRandom().uniform
+        self.verifier = TokenVerifier(auth, production=production, clock=clock)
+        origins = Origins(settings.cors.origins, development=not production)
+        admission = Admission(self.verifier, origins, cookie_name=auth.cookie_name)
+        self._registry = Registry(clock)
+        self._confirmations = Confirmations(
+            self._registry,
+            self._logs,
+            self._ledger,
+            max_pending=settings.ack.max_pending,
+            idle_timeout=websocket.idle_timeout,
+            clock=clock,
+            on_lost=self._lost,
+        )
+        self._flusher = Flusher(
+            Bounds(
+                max_bytes=websocket.outbox_max_bytes,
+                max_messages=websocket.outbox_max_messages,
+                total_bytes=websocket.outbox_total_bytes,
+            ),
+            on_slow=lambda outbox: self.lifecycle.too_slow(outbox),
+        )
+        self._heartbeat = Heartbeat(
+            self._confirmations,
+            interval=websocket.heartbeat_interval,
+            idle_timeout=websocket.idle_timeout,
+            leeway=auth.leeway_seconds,
+            clock=clock,
+            on_idle=lambda connection: self.lifecycle.idle(connection),
+            on_expired=lambda connection: self.lifecycle.token_expired(connection),
+            on_late=self.metrics.loop_lag_seconds.observe,
+        )
+        self.lifecycle = Lifecycle(
+            registry=self._registry,
+            flusher=self._flusher,
+            confirmations=self._confirmations,
+            replayer=Replayer(
+                self._logs,
+                self._ledger,
+                self._confirmations,
+                self.metrics,
+                page_bytes=min(65536, websocket.outbox_max_bytes // 2),
+                spawn=self._tasks.spawn,
+            ),
+            heartbeat=self._heartbeat,
+            admission=admission,
+            verify=self.verifier.verify,
+            rules=ChannelRules(settings.channels.rules),
+            limits=Limits(
+                max_connections=websocket.max_connections,
+                max_connections_per_user=websocket.max_connections_per_user,
+                evict_on_user_limit=websocket.on_user_limit == "evict",
+                max_subscriptions_per_connection=websocket.max_subscriptions_per_connection,
+                heartbeat_interval=websocket.heartbeat_interval,
+            ),
+            metrics=self.metrics,
+            clock=clock,
+            spread=spread,
+            spawn=self._tasks.spawn,
+        )
+        self._confirmations.on_returned = self.lifecycle.replay_again
+        dispatcher = Dispatcher(
+            self._registry, self._confirmations, self._logs, self._ledger, self.metrics, clock
+        )
+        self.guard = Guard(
+            api_keys=ApiKeys(auth, clock=clock),
+            identify=identify_with(admission)
+            if authenticate is None
+            else _identify_by(authenticate),
+            origins=origins,
+            credentials=auth.cookie_name is not None,
+            idempotency=self._idempotency,
+            metrics=self.metrics,
+            production=production,
+        )
+        self.endpoints = build_endpoints(
+            ApiServices(
+                guard=self.guard,
+                registry=self._registry,
+                lifecycle=self.lifecycle,
+                dispatcher=dispatcher,
+                confirmations=self._confirmations,
+                logs=self._logs,
+                ledger=self._ledger,
+                templates=self._templates,
+                verifier=self.verifier,
+                metrics=self.metrics,
+                metrics_enabled=settings.metrics.enabled,
+                metrics_public=settings.metrics.public,
+                queue_backend=settings.queue.backend,
+                phase=lambda: self._phase,
+                clock=clock,
+                started_at=self._started_at,
+                new_id=new_uuid,
+            )
+        )
+        self._in_process = {
+            endpoint.path: endpoint for endpoint in self.endpoints if endpoint.access == "publish"
+        }
+        self.proxies = TrustedProxies(settings.server.forwarded_allow_ips)
+        self.spread = spread
+        self.app = self._application(authenticate)
+
+    def _application(self, authenticate: Authenticate | None) -> Starlette:
+        realtime = Realtime(
+            self.lifecycle,
+            self.guard,
+            self.proxies,
+            max_message_bytes=self.settings.websocket.max_message_bytes,
+            spread=self.spread,
+            authenticate=authenticate,
+        )
+        api: ASGIApp = Api(self.guard, self.endpoints, client_address=self.proxies.client_address)
+        routes: list[BaseRoute] = [
+            WebSocketRoute("/ws", AsgiEndpoint(realtime.websocket)),  # type: ignore[arg-type]  # an ASGI app is taken too
+            Route("/sse", AsgiEndpoint(realtime.stream), methods=["GET"]),
+            Mount("/", app=api),
+        ]
+        return Starlette(
+            routes=routes, middleware=[Middleware(TokenOutOfQuery)], lifespan=self.lifespan
+        )
+
+    def _observe(self) -> None:
+        metrics, registry = self.metrics, self._registry
+        for transport in ("websocket", "sse"):
+            metrics.connections.labels(transport).read_from(
+                lambda transport=transport: registry.by_transport[transport]  # type: ignore[misc]  # bound now
+            )
+        metrics.users_connected.read_from(lambda: registry.users)
+        metrics.channels_active.read_from(lambda: registry.channels)
+        metrics.channel_subscriptions.read_from(lambda: registry.subscriptions)
+        metrics.outbox_bytes.read_from(lambda: self._flusher.waiting_bytes)
+        if isinstance(self._logs, MemoryUserLogs):
+            metrics.queue_messages.read_from(self._logs.depth)
+        if isinstance(self._ledger, MemoryAckLedger):
+            ledger = self._ledger
+            metrics.ack_pending.read_from(lambda: ledger.stats().pending)
+
+    def _count_ack(self, seconds: float) -> None:
+        self.metrics.ack_received_total.inc()
+        self.metrics.ack_seconds.observe(seconds)
+
+    def _lost(self, notification: Notification) -> None:
+        """Nothing keeps a notification that was held: it is over its ttl, or there is no queue."""
+        if notification.storable:
+            self.metrics.queue_dropped_total.inc()
+
+    # --- its life ---
+
+    @asynccontextmanager
+    async def lifespan(self, app: object = None) -> AsyncIterator[None]:
+        """Serve while the block runs; for `FastAPI(lifespan=…)`. At its end clients are told and
+        closed, and what only memory held is gone."""
+        await self.start()
+        try:
+            yield
+        finally:
+            await self.stop()
+
+    async def start(self) -> None:
+        """Begin to serve, in the running event loop."""
+        loop = asyncio.get_running_loop()
+        self._flusher.start(loop)
+        self._heartbeat.start(loop)
+        if (problem := await self.verifier.prefetch()) is not None:
+            self._log.warning("the keys for tokens cannot be had yet", reason=problem)
+        if self._logs is not None:
+            seconds = self.settings.queue.cleanup_interval_seconds
+            self._tasks.every(seconds, self._expire_logs, "expiring queued notifications")
+        if self._ledger is not None:
+            seconds = self.settings.ack.cleanup_interval_seconds
+            self._tasks.every(seconds, self._expire_acks, "expiring acknowledgements")
+        self._phase = "ready"
+
+    async def _expire_logs(self) -> None:
+        assert self._logs is not None
+        self.metrics.queue_expired_total.inc(await settled(self._logs.expire()))
+
+    async def _expire_acks(self) -> None:
+        assert self._ledger is not None
+        await settled(self._ledger.expire())
+
+    async def drain(self) -> None:
+        """Tell every client that the server stops and when to come back, and close."""
+        self._phase = "draining"
+        for index, connection in enumerate(self.lifecycle.begin_drain()):
+            if connection.state is not State.CLOSED:
+                self.lifecycle.go_away(connection, "the server is shutting down")
+            if index % DRAIN_PER_TURN == DRAIN_PER_TURN - 1:
+                await asyncio.sleep(0)
+
+    async def stop(self) -> None:
+        """Drain, and end what runs in the background."""
+        await self.drain()
+        self._heartbeat.stop()
+        await self._tasks.aclose()
+        await self.verifier.aclose()
+
+    # --- publishing in process ---
+
+    async def perform(self, call: Call[T]) -> T:
+        """Make a publishing call in this process. Raises `notifyd.errors`."""
+        endpoint: Endpoint = self._in_process[call.path]
+        request = Request(call.method, endpoint.path, {}, b"", [], call.content or b"", "")
+        request.source = "python"
+        request.principal = _IN_PROCESS
+        request.request_id = "in process"
+        request.idempotency_key = call.headers.get("Idempotency-Key")
+        answer = await settled(endpoint.handler(request))
+        return call.decode(msgspec.json.encode(answer))
+
+
+def _identify_by(authenticate: Authenticate) -> Callable[[Request], Eventually[Identity]]:
+    async def identified(pending: Awaitable[Identity | None]) -> Identity:
+        identity = await pending
+        if identity is None:
+            raise Unauthorized("The application does not know this client.")
+        return identity
+
+    def identify(request: Request) -> Eventually[Identity]:
+        assert request.scope is not None
+        return identified(authenticate(HTTPConnection(request.scope)))
+
+    return identify
+
+
+def sockets_of(notifyd: Notifyd) -> Serving:
+    """What `notifyd.server` needs to serve this application on sockets of its own."""
+    return Serving(
+        app=notifyd.app,
+        drain=notifyd.drain,
+        services=Services(
+            lifecycle=notifyd.lifecycle,
+            guard=notifyd.guard,
+            fast={
+                endpoint.path.encode(): endpoint
+                for endpoint in notifyd.endpoints
+                if endpoint.access == "publish"
+            },
+            proxies=notifyd.proxies,
+            max_message_bytes=notifyd.settings.websocket.max_message_bytes,
+            spread=notifyd.spread,
+        ),
+    )
+
+
+def serve(settings: Settings, *, announce: Callable[[str], None]) -> int:
+    """`notifyd serve`: run until a signal; returns the exit code."""
+    configure_logging(settings.log, sys.stderr)
+    return serve_sockets(
+        sockets_of(Notifyd(settings)),
+        settings.server,
+        idle_timeout=settings.websocket.idle_timeout,
+        announce=announce,
+    )

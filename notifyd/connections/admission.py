@@ -1,0 +1,157 @@
+"""Who may connect: the request of a WebSocket or SSE client, before it has a connection.
+
+The token comes by query, header, subprotocol or cookie, in that order; a WebSocket may also come
+without one and authenticate with its first message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qsl
+
+from notifyd.auth import Origins, TokenVerifier
+from notifyd.connections.connection import Transport
+from notifyd.errors import BadRequest, Forbidden, Unauthorized
+from notifyd.eventually import Eventually
+from notifyd.identity import Identity
+
+SUBPROTOCOL = "notifyd.v1"
+BEARER_SUBPROTOCOL = "bearer."
+MAX_USER_AGENT = 256
+
+
+class Handshake:
+    """What a client asked for when it came.
+
+    `headers` have lower-case names; `query` is the raw query string with its token, if any. Raises
+    BadRequest where the query is not UTF-8 or a parameter makes no sense.
+    """
+
+    __slots__ = ("acks", "address", "channels", "cookie", "origin", "same_origin", "subprotocols", "token",
+                 "transport", "user_agent")  # fmt: skip
+
+    def __init__(
+        self,
+        transport: Transport,
+        query: bytes,
+        headers: Sequence[tuple[bytes, bytes]],
+        address: str,
+    ) -> None:
+        self.transport: Transport = transport
+        self.address = address
+        self.token: str | None = None
+        self.acks = False
+        self.channels: tuple[str, ...] = ()
+        self.origin: str | None = None
+        self.same_origin = False
+        self.cookie = ""
+        self.user_agent = ""
+        self.subprotocols: list[str] = []
+        bearer: str | None = None
+        for name, value in headers:
+            if name == b"authorization":
+                scheme, _, credentials = value.decode("latin-1").partition(" ")
+                if scheme.lower() == "bearer":
+                    bearer = credentials.strip()
+            elif name == b"origin":
+                self.origin = value.decode("latin-1")
+            elif name == b"user-agent":
+                self.user_agent = value.decode("latin-1")[:MAX_USER_AGENT]
+            elif name == b"cookie":
+                self.cookie = value.decode("latin-1")
+            elif name == b"sec-fetch-site":
+                self.same_origin = value == b"same-origin"
+            elif name == b"sec-websocket-protocol":
+                self.subprotocols += [token.strip() for token in value.decode("latin-1").split(",")]
+        if query:
+            self._read_query(query)
+        if self.token is None:
+            self.token = bearer
+        if self.token is None:
+            for subprotocol in self.subprotocols:
+                if subprotocol.startswith(BEARER_SUBPROTOCOL):
+                    self.token = subprotocol.removeprefix(BEARER_SUBPROTOCOL)
+                    break
+
+    def _read_query(self, query: bytes) -> None:
+        try:
+            parameters = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict",
+                                   max_num_fields=32)  # fmt: skip
+        except ValueError as error:
+            raise BadRequest(
+                "The query string is not UTF-8, or has more than 32 parameters."
+            ) from error
+        for name, value in parameters:
+            if name == "token":
+                self.token = value
+            elif name == "acks":
+                if value not in ("0", "1"):
+                    raise BadRequest("acks is 0 or 1.", field="acks", constraint="0 or 1")
+                self.acks = value == "1"
+            elif name == "channels" and self.transport == "sse":
+                self.channels += tuple(channel for channel in value.split(",") if channel)
+
+    @property
+    def chosen_subprotocol(self) -> str | None:
+        """`notifyd.v1` where it is offered; a lone `bearer.<jwt>` is echoed, or browsers fail."""
+        if SUBPROTOCOL in self.subprotocols:
+            return SUBPROTOCOL
+        for subprotocol in self.subprotocols:
+            if subprotocol.startswith(BEARER_SUBPROTOCOL):
+                return subprotocol
+        return None
+
+
+class Admission:
+    """Decides who a handshake's client is."""
+
+    def __init__(
+        self, verifier: TokenVerifier, origins: Origins, *, cookie_name: str | None
+    ) -> None:
+        self._verifier = verifier
+        self._origins = origins
+        self._cookie_name = cookie_name
+
+    def origin_allowed(self, handshake: Handshake) -> bool:
+        """Whether a browser page of this origin may connect; no origin means no browser."""
+        return self._origins.allows(handshake.origin)
+
+    def identify(self, handshake: Handshake) -> Eventually[Identity | None]:
+        """The user, or None for a WebSocket that is to authenticate with its first message.
+
+        Raises Forbidden for a foreign origin, Unauthorized or TokenExpired for a token that does not
+        hold, Unavailable where the keys to check it cannot be had.
+        """
+        if not self._origins.allows(handshake.origin):
+            raise Forbidden(
+                "This origin may not connect.",
+                hint=f'add "{handshake.origin}" to cors.origins',
+            )
+        token = handshake.token
+        if token is None:
+            token = self._from_cookie(handshake)
+        if token is not None:
+            return self._verifier.verify(token)
+        if handshake.transport == "sse":
+            raise Unauthorized(
+                "A token is missing.",
+                hint="give it as ?token=… or as Authorization: Bearer …",
+            )
+        return None
+
+    def _from_cookie(self, handshake: Handshake) -> str | None:
+        if not self._cookie_name or not handshake.cookie:
+            return None
+        try:
+            morsel = SimpleCookie(handshake.cookie).get(self._cookie_name)
+        except CookieError as error:
+            raise Unauthorized("The Cookie header cannot be read.") from error
+        if morsel is None:
+            return None
+        # A cookie goes along with every site's requests, so the page must be known (CSRF).
+        if handshake.origin is None and not handshake.same_origin:
+            raise Forbidden(
+                "A cookie is taken only with an allowed Origin or Sec-Fetch-Site: same-origin."
+            )
+        return morsel.value

@@ -1,0 +1,128 @@
+"""One client's connection: who it is, where it stands, and what it has not confirmed.
+
+Pure state around an outbox. States go one way: opening, live, closed; a connection closes once,
+with one reason, whoever asks first.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Literal
+
+from notifyd.connections.outbox import Outbox
+from notifyd.identity import Identity
+from notifyd.notification import Notification
+from notifyd.wire import Message
+
+Transport = Literal["websocket", "sse"]
+
+UNIDENTIFIED = Identity(user_id="")
+
+
+class State(enum.Enum):
+    """Where a connection stands."""
+
+    AUTHENTICATING = "authenticating"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Held:
+    """A notification to a user that was delivered and is not yet confirmed.
+
+    `connections` are those that took it. `stored`: the user's log has it too, so that nothing needs
+    to go back there; `since` in Unix seconds.
+    """
+
+    __slots__ = ("connections", "notification", "settled", "since", "stored")
+
+    def __init__(
+        self,
+        notification: Notification,
+        connections: list[Connection],
+        since: float,
+        *,
+        stored: bool = False,
+    ) -> None:
+        self.notification = notification
+        self.connections = connections
+        self.since = since
+        self.stored = stored
+        self.settled = False
+
+
+class Connection:
+    """A WebSocket or an SSE stream of one user.
+
+    `address` and `user_agent` are the client's, as far as known; `opened_at` and `last_heard` in Unix
+    seconds. `acks`: the client acknowledges by itself, so that a sign of life confirms nothing.
+    `unconfirmed` maps notification ids to what is held, in order of delivery; `asked` is the counter
+    of the Ping that is out and the ids that its Pong will confirm.
+    """
+
+    __slots__ = (
+        "acks",
+        "address",
+        "asked",
+        "beat",
+        "id",
+        "identity",
+        "last_heard",
+        "opened_at",
+        "outbox",
+        "state",
+        "subscriptions",
+        "transport",
+        "unconfirmed",
+        "user_agent",
+    )
+
+    def __init__(
+        self,
+        id: str,
+        transport: Transport,
+        outbox: Outbox,
+        *,
+        address: str,
+        user_agent: str,
+        acks: bool,
+        now: float,
+    ) -> None:
+        self.id = id
+        self.transport: Transport = transport
+        self.outbox = outbox
+        outbox.connection = self
+        self.address = address
+        self.user_agent = user_agent
+        self.acks = acks
+        self.opened_at = now
+        self.last_heard = now
+        self.identity = UNIDENTIFIED
+        self.state = State.AUTHENTICATING
+        self.subscriptions: tuple[str, ...] = ()
+        self.unconfirmed: dict[str, Held] | None = None
+        self.asked: tuple[int, tuple[str, ...]] | None = None
+        self.beat = 0
+
+    def offer(self, message: Message) -> bool:
+        """Put a message into the outbox, behind a replay; False where it cannot be taken."""
+        return self.outbox.put(message.websocket if self.transport == "websocket" else message.sse)
+
+    def reply(self, message: Message) -> bool:
+        """Put a message into the outbox that need not wait behind a replay."""
+        return self.outbox.put_ahead(
+            message.websocket if self.transport == "websocket" else message.sse
+        )
+
+    def hold(self, held: Held) -> None:
+        """Remember what this connection took and has not confirmed."""
+        if self.unconfirmed is None:
+            self.unconfirmed = {}
+        self.unconfirmed[held.notification.id] = held
+
+    def forget(self, notification_id: str) -> None:
+        """It is confirmed, or somebody else's business now."""
+        if self.unconfirmed is not None:
+            self.unconfirmed.pop(notification_id, None)
+            if not self.unconfirmed:
+                self.unconfirmed = None

@@ -1,0 +1,653 @@
+"""A connection's way from its handshake to its end, and what its client says on the way.
+
+Both transports and both servers (our sockets, ASGI) drive the same methods; what differs is the sink
+behind the outbox.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+import msgspec
+import structlog
+
+from notifyd import wire
+from notifyd.channel_rules import ChannelRules
+from notifyd.connections.admission import Admission, Handshake
+from notifyd.connections.connection import Connection, State
+from notifyd.connections.heartbeat import Heartbeat
+from notifyd.connections.outbox import Flusher, Outbox, Sink
+from notifyd.connections.registry import Registry
+from notifyd.connections.replay import Replayer
+from notifyd.dispatch.confirmation import AckAnswer, Confirmations
+from notifyd.errors import (
+    ConnectionLimit,
+    Forbidden,
+    Internal,
+    NotifydError,
+    RateLimited,
+    ShuttingDown,
+    TokenExpired,
+    Unauthorized,
+    UserConnectionLimit,
+    ValidationError,
+)
+from notifyd.eventually import Eventually, is_awaitable, then
+from notifyd.identifiers import canonical_uuid, new_uuid
+from notifyd.identity import Identity
+from notifyd.metrics import Metrics
+from notifyd.names import channel_name
+
+AUTH_SECONDS = 10.0
+MAX_AUTHENTICATING = 1000
+MAX_AUTHENTICATING_PER_ADDRESS = 20
+MAX_TOKEN_MESSAGE_BYTES = 16384
+MAX_WAITING_MESSAGES = 100
+MAX_ACK_IDS = 100
+LIMIT_RETRY_AFTER = 30
+RETRY_OF_A_DAY_MS = 86_400_000
+
+GOING_AWAY = 1001
+INTERNAL_ERROR = 1011
+NOT_AUTHENTICATED = 4001
+FORBIDDEN = 4003
+TOO_SLOW = 4008
+GIVEN_UP = 4009
+TOKEN_EXPIRED = 4010
+NOTHING_HEARD = 4012
+
+_REASONS = {
+    1000: "client",
+    1001: "shutdown",
+    1002: "protocol_error",
+    1007: "invalid_utf8",
+    1009: "too_big",
+    1011: "internal",
+    4001: "unauthorized",
+    4003: "forbidden",
+    4008: "slow",
+    4009: "evicted",
+    4010: "token_expired",
+    4012: "idle",
+    4029: "connection_limit",
+}
+
+
+def reason_for(close_code: int) -> str:
+    """How the metrics call a close with this code."""
+    return _REASONS.get(close_code, "other")
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """How many connections there may be, and what each may ask for."""
+
+    max_connections: int
+    max_connections_per_user: int
+    evict_on_user_limit: bool
+    max_subscriptions_per_connection: int
+    heartbeat_interval: float
+
+
+class Lifecycle:
+    """Opens, serves and closes connections."""
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        flusher: Flusher,
+        confirmations: Confirmations,
+        replayer: Replayer,
+        heartbeat: Heartbeat,
+        admission: Admission,
+        verify: Callable[[str], Eventually[Identity]],
+        rules: ChannelRules,
+        limits: Limits,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        spread: Callable[[float, float], float],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self.registry = registry
+        self.admission = admission
+        self._flusher = flusher
+        self._confirmations = confirmations
+        self._replayer = replayer
+        self._heartbeat = heartbeat
+        self._verify = verify
+        self._rules = rules
+        self._limits = limits
+        self._metrics = metrics
+        self._clock = clock
+        self._spread = spread
+        self._spawn = spawn
+        self._log = structlog.get_logger("notifyd.connections")
+        self.draining = False
+        self._authenticating: dict[Connection, Any] = {}
+        self._authenticating_per_address: dict[str, int] = {}
+        self._verifying: dict[Connection, list[bytes | str]] = {}
+
+    # --- coming ---
+
+    def admit(self, handshake: Handshake) -> Eventually[Identity | None]:
+        """Who a handshake's client is, if there is room for him; None for one that is to send Auth.
+
+        Raises what `Admission.identify` and `check_room` raise.
+        """
+
+        def with_room(identity: Identity | None) -> Identity | None:
+            self.check_room(handshake, identity)
+            return identity
+
+        return then(self.admission.identify(handshake), with_room)
+
+    def check_room(self, handshake: Handshake, identity: Identity | None) -> None:
+        """Whether one more connection may come, before anything is promised to it.
+
+        Raises ShuttingDown, ConnectionLimit or UserConnectionLimit.
+        """
+        if self.draining:
+            raise ShuttingDown("The server is shutting down.", retry_after=self.reconnect_after())
+        limits = self._limits
+        if len(self.registry) + len(self._authenticating) >= limits.max_connections:
+            raise ConnectionLimit(
+                "The server holds as many connections as it may.", retry_after=LIMIT_RETRY_AFTER
+            )
+        if identity is None:
+            here = self._authenticating_per_address.get(handshake.address, 0)
+            if (
+                len(self._authenticating) >= MAX_AUTHENTICATING
+                or here >= MAX_AUTHENTICATING_PER_ADDRESS
+            ):
+                raise ConnectionLimit(
+                    "Too many connections wait for authentication.", retry_after=int(AUTH_SECONDS)
+                )
+        elif not limits.evict_on_user_limit:
+            self._check_user_room(identity)
+
+    def _check_user_room(self, identity: Identity) -> None:
+        connections = self.registry.tenant(identity.tenant).of_user(identity.user_id)
+        if len(connections) >= self._limits.max_connections_per_user:
+            raise UserConnectionLimit(
+                f"This user has {len(connections)} connections, as many as one user may have.",
+                retry_after=LIMIT_RETRY_AFTER,
+            )
+
+    def connect(self, handshake: Handshake, identity: Identity | None, sink: Sink) -> Connection:
+        """A connection for a handshake that was accepted; without an identity it waits for Auth.
+
+        The sink must be able to write already.
+        """
+        connection = Connection(
+            new_uuid(),
+            handshake.transport,
+            Outbox(self._flusher, sink),
+            address=handshake.address,
+            user_agent=handshake.user_agent,
+            acks=handshake.acks,
+            now=self._clock(),
+        )
+        if identity is None:
+            self._await_auth(connection)
+        else:
+            self._open(connection, identity, handshake.channels)
+        return connection
+
+    def _await_auth(self, connection: Connection) -> None:
+        address = connection.address
+        here = self._authenticating_per_address.get(address, 0)
+        self._authenticating_per_address[address] = here + 1
+        self._authenticating[connection] = self._flusher.loop.call_later(
+            AUTH_SECONDS, self._auth_timed_out, connection
+        )
+
+    def _auth_timed_out(self, connection: Connection) -> None:
+        error = Unauthorized(f"No Auth message came within {AUTH_SECONDS:.0f} s.")
+        self.close(connection, NOT_AUTHENTICATED, error.message, error)
+
+    def _stop_waiting(self, connection: Connection) -> None:
+        timer = self._authenticating.pop(connection, None)
+        if timer is None:
+            return
+        timer.cancel()
+        left = self._authenticating_per_address[connection.address] - 1
+        if left:
+            self._authenticating_per_address[connection.address] = left
+        else:
+            del self._authenticating_per_address[connection.address]
+
+    def _open(
+        self, connection: Connection, identity: Identity, channels: Sequence[str] = ()
+    ) -> None:
+        self._make_room(identity)
+        connection.identity = identity
+        connection.state = State.OPEN
+        # Presence first, then the queue is read: what is published from here on waits behind the replay.
+        self.registry.add(connection)
+        self._heartbeat.add(connection)
+        self._metrics.connections_opened_total.labels(connection.transport).inc()
+        if connection.transport == "sse":
+            connection.outbox.put(wire.sse_retry(int(self._spread(1000, 5000))))
+        granted = [name for name in identity.subscribe if self._subscribe(connection, name)]
+        connection.offer(
+            wire.connected_message(
+                connection.id,
+                identity.user_id,
+                expires_at=identity.expires_at,
+                heartbeat_interval=self._limits.heartbeat_interval,
+                subscriptions=granted,
+            )
+        )
+        self._replayer.start(connection)
+        if channels:
+            self._subscribe_asked(connection, channels)
+
+    def _make_room(self, identity: Identity) -> None:
+        """Evict the user's connection that was heard from longest ago, where he has too many."""
+        connections = self.registry.tenant(identity.tenant).of_user(identity.user_id)
+        surplus = len(connections) - self._limits.max_connections_per_user + 1
+        if surplus <= 0:
+            return
+        if not self._limits.evict_on_user_limit:
+            self._check_user_room(identity)
+        for connection in sorted(connections, key=lambda each: each.last_heard)[:surplus]:
+            error = UserConnectionLimit("Given up for a newer connection of the same user.")
+            self.close(connection, GIVEN_UP, error.message, error)
+
+    # --- speaking ---
+
+    def heard(self, connection: Connection) -> None:
+        """A complete frame came, whatever it says."""
+        connection.last_heard = self._clock()
+
+    def pong(self, connection: Connection, payload: bytes) -> None:
+        """A Pong came: a sign of life, and a confirmation where it answers a Ping of ours."""
+        connection.last_heard = self._clock()
+        self._confirmations.pong(connection, payload)
+
+    def unsupported(self, connection: Connection) -> None:
+        """A binary message came."""
+        self._refuse(connection, UnsupportedFormat("Messages are JSON in text frames."))
+
+    def receive(self, connection: Connection, data: bytes | str) -> None:
+        """One text message of the client, valid UTF-8. Never raises; answers go to the outbox."""
+        connection.last_heard = self._clock()
+        waiting = self._verifying.get(connection)
+        if waiting is not None:
+            # What follows an Auth whose keys are being fetched waits for its outcome.
+            waiting.append(data)
+            if len(waiting) > MAX_WAITING_MESSAGES:
+                self.close(connection, RateLimited.close_code, "Too many messages wait for Auth.")
+            return
+        try:
+            if connection.state is State.AUTHENTICATING:
+                self._receive_auth(connection, data)
+            elif connection.state is State.OPEN:
+                self._handle(connection, wire.decode_client_message(data))
+        except NotifydError as error:
+            if connection.state is State.AUTHENTICATING:
+                self.close(connection, _auth_close_code(error), error.message, error)
+            else:
+                self._refuse(connection, error)
+        except Exception:
+            self._log.exception("a client message failed", connection_id=connection.id)
+            error = Internal("The server failed.")
+            self.close(connection, INTERNAL_ERROR, error.message, error)
+
+    def _refuse(self, connection: Connection, error: NotifydError) -> None:
+        connection.reply(wire.error_message(error))
+
+    def _handle(self, connection: Connection, message: wire.ClientMessage) -> None:
+        if isinstance(message, wire.Ping):
+            connection.reply(wire.PONG)
+        elif isinstance(message, wire.Subscribe):
+            self._subscribe_asked(connection, message.payload.channels)
+        elif isinstance(message, wire.Unsubscribe):
+            self._unsubscribe_asked(connection, message.payload.channels)
+        elif isinstance(message, wire.Ack):
+            self._acknowledge(connection, message.payload)
+        else:
+            self._refresh(connection, message.payload.token)
+
+    # --- authenticating ---
+
+    def _receive_auth(self, connection: Connection, data: bytes | str) -> None:
+        if len(data) > MAX_TOKEN_MESSAGE_BYTES:
+            raise Unauthorized(f"The Auth message is over {MAX_TOKEN_MESSAGE_BYTES} bytes.")
+        message = wire.decode_client_message(data)
+        if not isinstance(message, wire.Auth):
+            raise Unauthorized(
+                "The first message must be Auth, or a token must come with the handshake."
+            )
+        self._when_verified(connection, message.payload.token, self._authenticated)
+
+    def _when_verified(
+        self, connection: Connection, token: str, use: Callable[[Connection, Identity], None]
+    ) -> None:
+        identity = self._verify(token)
+        if is_awaitable(identity):
+            self._verifying[connection] = []
+            self._spawn(self._verify_later(connection, identity, use))
+        else:
+            use(connection, identity)  # type: ignore[arg-type]  # see eventually.py
+
+    async def _verify_later(
+        self,
+        connection: Connection,
+        verification: Awaitable[Identity],
+        use: Callable[[Connection, Identity], None],
+    ) -> None:
+        error: NotifydError | None = None
+        identity: Identity | None = None
+        try:
+            identity = await verification
+        except NotifydError as refused:
+            error = refused
+        finally:
+            waiting = self._verifying.pop(connection, [])
+        if connection.state is State.CLOSED:
+            return
+        try:
+            if error is not None:
+                raise error
+            assert identity is not None
+            use(connection, identity)
+        except NotifydError as refused:
+            self.close(connection, _auth_close_code(refused), refused.message, refused)
+        for data in waiting:
+            self.receive(connection, data)
+
+    def _authenticated(self, connection: Connection, identity: Identity) -> None:
+        self._stop_waiting(connection)
+        if not self._limits.evict_on_user_limit:
+            self._check_user_room(identity)
+        self._open(connection, identity)
+
+    def _refresh(self, connection: Connection, token: str) -> None:
+        try:
+            self._when_verified(connection, token, self._refreshed)
+        except NotifydError as error:
+            # The old token holds until it expires; a bad new one takes nothing away.
+            self._refuse(connection, error)
+
+    def _refreshed(self, connection: Connection, identity: Identity) -> None:
+        before = connection.identity
+        if (identity.user_id, identity.tenant) != (before.user_id, before.tenant):
+            error = Forbidden("A new token must be of the same user and tenant.")
+            self.close(connection, FORBIDDEN, error.message, error)
+            return
+        self._heartbeat.forget_expiry(connection)
+        connection.identity = identity
+        self._heartbeat.watch_expiry(connection)
+        expires_at = identity.expires_at
+        connection.reply(
+            wire.message(
+                "refreshed", expires_at=None if expires_at is None else wire.second_text(expires_at)
+            )
+        )
+        lost = [
+            name for name in connection.subscriptions if self._lost_grant(name, before, identity)
+        ]
+        self._unsubscribe_asked(connection, lost, tell_none=False)
+        gained = [
+            name
+            for name in identity.subscribe
+            if name not in before.subscribe and self._subscribe(connection, name)
+        ]
+        if gained:
+            connection.offer(wire.names_message("subscribed", gained))
+
+    def _lost_grant(self, channel: str, before: Identity, now: Identity) -> bool:
+        """Whether a subscription rested on the old token and the new one does not carry it.
+
+        What the server itself subscribed rests on no token and stays.
+        """
+        if channel in now.subscribe or self._rules.refusal(channel, now) is None:
+            return False
+        return channel in before.subscribe or self._rules.refusal(channel, before) is None
+
+    # --- channels ---
+
+    def _subscribe(self, connection: Connection, channel: str) -> bool:
+        if (
+            channel not in connection.subscriptions
+            and len(connection.subscriptions) >= self._limits.max_subscriptions_per_connection
+        ):
+            return False
+        self.registry.subscribe(connection, channel)
+        return True
+
+    def _subscribe_asked(self, connection: Connection, channels: Sequence[str]) -> None:
+        """Subscribe to what the rules allow; what they refuse is named, the rest stands."""
+        granted: dict[str, None] = {}
+        refused: dict[str, str] = {}
+        for channel in channels:
+            try:
+                channel_name(channel)
+            except ValidationError as error:
+                refused[channel[:64]] = error.message
+                continue
+            reason = self._rules.refusal(channel, connection.identity)
+            if reason is not None:
+                refused[channel] = reason
+            elif self._subscribe(connection, channel):
+                granted[channel] = None
+            else:
+                most = self._limits.max_subscriptions_per_connection
+                refused[channel] = f"a connection may have at most {most} subscriptions"
+        if granted or not refused:
+            connection.offer(wire.names_message("subscribed", granted))
+        if refused:
+            told = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:50])
+            self._refuse(connection, SubscriptionError(f"Not subscribed: {told}."))
+
+    def _unsubscribe_asked(
+        self, connection: Connection, channels: Sequence[str], *, tell_none: bool = True
+    ) -> None:
+        gone = [
+            name for name in dict.fromkeys(channels) if self.registry.unsubscribe(connection, name)
+        ]
+        if gone or tell_none:
+            connection.offer(wire.names_message("unsubscribed", gone))
+
+    def subscribe_user(self, tenant: str, user_id: str, channels: Sequence[str]) -> int:
+        """Subscribe a user's live connections from the server, which needs no rule.
+
+        They are told; returns how many connections changed. Raises ValidationError where one has no
+        room for them all, and then changes nothing.
+        """
+        connections = self.registry.tenant(tenant).of_user(user_id)
+        most = self._limits.max_subscriptions_per_connection
+        for connection in connections:
+            if len({*connection.subscriptions, *channels}) > most:
+                raise ValidationError(
+                    f"A connection of this user would have more than {most} subscriptions.",
+                    field="channels",
+                    constraint=f"at most {most} subscriptions per connection",
+                )
+        changed = 0
+        for connection in connections:
+            new = [
+                name
+                for name in dict.fromkeys(channels)
+                if self.registry.subscribe(connection, name)
+            ]
+            if new:
+                changed += 1
+                connection.offer(wire.names_message("subscribed", new))
+        return changed
+
+    def unsubscribe_user(self, tenant: str, user_id: str, channels: Sequence[str]) -> int:
+        """Unsubscribe a user's live connections; they are told; returns how many changed."""
+        changed = 0
+        for connection in self.registry.tenant(tenant).of_user(user_id):
+            gone = [
+                name
+                for name in dict.fromkeys(channels)
+                if self.registry.unsubscribe(connection, name)
+            ]
+            if gone:
+                changed += 1
+                connection.offer(wire.names_message("unsubscribed", gone))
+        return changed
+
+    # --- acks ---
+
+    def _acknowledge(self, connection: Connection, payload: wire.AckPayload) -> None:
+        single = payload.notification_ids is None
+        asked = [payload.notification_id] if single else payload.notification_ids
+        if asked is None or asked == [None] or not asked:
+            raise InvalidAck("An Ack names a notification_id, or up to 100 notification_ids.")
+        if len(asked) > MAX_ACK_IDS:
+            raise InvalidAck(f"An Ack names at most {MAX_ACK_IDS} notifications.")
+        ids: list[str] = []
+        malformed: list[str] = []
+        for id in asked:
+            assert id is not None
+            try:
+                ids.append(canonical_uuid(id))
+            except ValidationError:
+                malformed.append(id[:64])
+        if single and malformed:
+            raise InvalidAck("notification_id is not a UUID.")
+        connection.acks = True
+        identity = connection.identity
+        answer = self._confirmations.acknowledge(identity.tenant, identity.user_id, ids)
+        if is_awaitable(answer):
+            self._spawn(self._answer_ack_later(connection, answer, malformed, single))
+        else:
+            self._answer_ack(connection, answer, malformed, single)  # type: ignore[arg-type]
+
+    async def _answer_ack_later(
+        self,
+        connection: Connection,
+        answer: Awaitable[AckAnswer],
+        malformed: list[str],
+        single: bool,
+    ) -> None:
+        try:
+            self._answer_ack(connection, await answer, malformed, single)
+        except NotifydError as error:
+            self._refuse(connection, error)
+
+    def _answer_ack(
+        self, connection: Connection, answer: AckAnswer, malformed: list[str], single: bool
+    ) -> None:
+        if single and answer.refused:
+            error = InvalidAck(f"{answer.refused[0]} is not yours to acknowledge, or is long gone.")
+            self._refuse(connection, error)
+            return
+        connection.reply(
+            wire.acked_message(answer.acked, [*answer.refused, *malformed], single=single)
+        )
+
+    # --- going ---
+
+    def too_slow(self, outbox: Outbox) -> None:
+        """An outbox is over its bounds."""
+        self.close(outbox.connection, TOO_SLOW, "too slow")
+
+    def idle(self, connection: Connection) -> None:
+        """Nothing was heard for `idle_timeout`."""
+        self.close(connection, NOTHING_HEARD, "nothing heard")
+
+    def token_expired(self, connection: Connection) -> None:
+        """The connection's token expired, leeway included."""
+        error = TokenExpired("The token expired.")
+        self.close(connection, TOKEN_EXPIRED, error.message, error)
+
+    def disconnect(self, connection: Connection, reason: str) -> None:
+        """An administrator closes the connection."""
+        self.close(connection, FORBIDDEN, reason, Forbidden(reason))
+
+    def close(
+        self, connection: Connection, code: int, reason: str, error: NotifydError | None = None
+    ) -> None:
+        """Close a connection once, with one reason: what waits is written, the client is told why.
+
+        A slow consumer gets its close code only; what it did not confirm goes back to its queue.
+        """
+        if connection.state is State.CLOSED:
+            return
+        outbox = connection.outbox
+        if code != TOO_SLOW:
+            if connection.transport == "sse" and code == GIVEN_UP:
+                outbox.put_ahead(wire.sse_retry(RETRY_OF_A_DAY_MS))
+            if error is not None:
+                connection.reply(wire.error_message(error))
+            if connection.state is State.CLOSED:
+                # Its last words were too much for its outbox, which closed it as too slow.
+                return
+            outbox.flush_all()
+        self._end(connection, reason_for(code))
+        outbox.sink.close(code, reason)
+
+    def lost(self, connection: Connection, reason: str = "lost") -> None:
+        """The transport ended by itself (`lost`), or its client closed it (`client`)."""
+        self._end(connection, reason)
+
+    def _end(self, connection: Connection, reason: str) -> None:
+        was = connection.state
+        if was is State.CLOSED:
+            return
+        connection.state = State.CLOSED
+        connection.outbox.close()
+        self._verifying.pop(connection, None)
+        if was is State.AUTHENTICATING:
+            self._stop_waiting(connection)
+            return
+        self.registry.remove(connection)
+        self._heartbeat.discard(connection)
+        self._confirmations.release(connection)
+        self._metrics.connections_closed_total.labels(connection.transport, reason).inc()
+        self._metrics.connection_duration_seconds.observe(self._clock() - connection.opened_at)
+
+    def replay_again(self, tenant: str, user_id: str) -> None:
+        """Something went back to the log of a user who is connected."""
+        for connection in self.registry.tenant(tenant).of_user(user_id):
+            self._replayer.again(connection)
+
+    # --- shutting down ---
+
+    def reconnect_after(self) -> int:
+        """Whole seconds, spread so that not all come back at once."""
+        return round(self._spread(1, 10))
+
+    def begin_drain(self) -> list[Connection]:
+        """Take nobody any more; returns who is to go away."""
+        self.draining = True
+        return [*self.registry, *self._authenticating]
+
+    def go_away(self, connection: Connection, reason: str) -> None:
+        """Tell a client that the server stops and when to come back, and close."""
+        seconds = self.reconnect_after()
+        connection.reply(wire.message("shutdown", reason=reason, reconnect_after_seconds=seconds))
+        self.close(connection, GOING_AWAY, "going away")
+
+
+class SubscriptionError(NotifydError):
+    """Channels that were refused; the others of the message are subscribed."""
+
+    code = "SUBSCRIPTION_ERROR"
+
+
+class InvalidAck(NotifydError):
+    """An ack for what is not this user's to acknowledge."""
+
+    code = "INVALID_ACK"
+
+
+class UnsupportedFormat(NotifydError):
+    """A message that is not text."""
+
+    code = "UNSUPPORTED_FORMAT"
+
+
+def _auth_close_code(error: NotifydError) -> int:
+    """What a connection that could not authenticate is closed with."""
+    return (
+        error.close_code
+        if error.close_code in (1011, 4001, 4009, 4010, 4029)
+        else NOT_AUTHENTICATED
+    )

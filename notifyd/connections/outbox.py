@@ -1,0 +1,270 @@
+"""What a connection has yet to write. Dispatch never waits for a socket.
+
+`put` appends and never awaits; the first put of a loop turn schedules one flush, which joins what
+has gathered and writes it. While the transport is paused nothing is written and the outbox grows up
+to its bounds; beyond them its connection is a slow consumer.
+"""
+
+from __future__ import annotations
+
+from asyncio import AbstractEventLoop, Future
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from notifyd.connections.connection import Connection
+
+WRITE_BYTES = 65536
+"""At most this is handed to a transport at a time."""
+
+SLICE_SECONDS = 0.002
+"""Flushing yields to the event loop after this long, so that a broadcast delays a ping by
+milliseconds."""
+
+CHECK_EVERY = 16
+
+
+class Sink(Protocol):
+    """Where an outbox writes: a socket of ours, or an ASGI server's connection.
+
+    `pings`: Pings go out and Pongs come in (RFC 6455, section 5.5), so that silence means something.
+    """
+
+    pings: ClassVar[bool]
+
+    def write(self, data: bytes) -> None:
+        """Take whole frames or events; never blocks."""
+
+    def close(self, code: int, reason: str) -> None:
+        """Tell the client why, as the transport can, and end the connection."""
+
+
+class Bounds:
+    """What one outbox may hold, and all of them together."""
+
+    __slots__ = ("max_bytes", "max_messages", "total_bytes")
+
+    def __init__(self, *, max_bytes: int, max_messages: int, total_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.max_messages = max_messages
+        self.total_bytes = total_bytes
+
+
+class Flusher:
+    """Flushes the outboxes that took something, once each loop turn, in slices."""
+
+    loop: AbstractEventLoop
+
+    def __init__(self, bounds: Bounds, *, on_slow: Callable[[Outbox], None]) -> None:
+        self.bounds = bounds
+        self.on_slow = on_slow
+        self.waiting_bytes = 0
+        self._dirty: deque[Outbox] = deque()
+        self._scheduled = False
+        self._paused: set[Outbox] = set()
+
+    def start(self, loop: AbstractEventLoop) -> None:
+        """Flush in this loop's turns."""
+        self.loop = loop
+
+    def schedule(self, outbox: Outbox) -> None:
+        """Flush this outbox in the coming loop turn."""
+        self._dirty.append(outbox)
+        if not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        dirty = self._dirty
+        time = self.loop.time
+        deadline = time() + SLICE_SECONDS
+        countdown = CHECK_EVERY
+        while dirty:
+            dirty.popleft().flush()
+            countdown -= 1
+            if not countdown:
+                if time() >= deadline:
+                    break
+                countdown = CHECK_EVERY
+        if dirty:
+            self.loop.call_soon(self._run)
+        else:
+            self._scheduled = False
+
+    def paused(self, outbox: Outbox) -> None:
+        """This outbox's transport takes nothing more for now."""
+        self._paused.add(outbox)
+
+    def resumed(self, outbox: Outbox) -> None:
+        """It takes again, or it is gone."""
+        self._paused.discard(outbox)
+
+    def relieve(self) -> None:
+        """All outboxes together hold too much: the largest of the slow ones is given up."""
+        largest = max(self._paused, key=lambda outbox: outbox.size, default=None)
+        if largest is not None:
+            self.on_slow(largest)
+
+
+class Outbox:
+    """Frames in order, not yet written.
+
+    While a replay is on (`hold_back`), what is `put` waits behind what is `put_ahead`.
+    """
+
+    __slots__ = (
+        "_ahead",
+        "_drained",
+        "_flusher",
+        "_frames",
+        "_scheduled",
+        "closed",
+        "connection",
+        "paused",
+        "sink",
+        "size",
+    )
+
+    def __init__(self, flusher: Flusher, sink: Sink) -> None:
+        self._flusher = flusher
+        self._frames: list[bytes] = []
+        self._ahead: list[bytes] | None = None
+        self.size = 0
+        self.sink = sink
+        self.paused = False
+        self.closed = False
+        self._scheduled = False
+        self._drained: Future[None] | None = None
+        self.connection: Connection
+
+    def put(self, data: bytes) -> bool:
+        """Take whole frames; False where the connection is closed, or was just found too slow."""
+        if self.closed:
+            return False
+        frames = self._frames
+        frames.append(data)
+        size = self.size = self.size + len(data)
+        flusher = self._flusher
+        waiting = flusher.waiting_bytes = flusher.waiting_bytes + len(data)
+        if not self._scheduled:
+            self._scheduled = True
+            flusher.schedule(self)
+        bounds = flusher.bounds
+        if size > bounds.max_bytes or len(frames) > bounds.max_messages:
+            flusher.on_slow(self)
+            return False
+        if waiting > bounds.total_bytes:
+            flusher.relieve()
+            return not self.closed
+        return True
+
+    def put_ahead(self, data: bytes) -> bool:
+        """Take what may not wait behind a replay: the replay itself, and replies."""
+        if self._ahead is None:
+            return self.put(data)
+        self._frames, held_back = self._ahead, self._frames
+        accepted = self.put(data)
+        if not self.closed:
+            self._frames, self._ahead = held_back, self._frames
+        return accepted
+
+    def hold_back(self) -> None:
+        """From here on, what is `put` waits until `let_go`."""
+        self._ahead, self._frames = self._frames, []
+
+    def let_go(self) -> None:
+        """The replay is over: what was held back follows it."""
+        if self._ahead is not None:
+            self._frames, self._ahead = self._ahead + self._frames, None
+            self._schedule()
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether a replay is on."""
+        return self._ahead is not None
+
+    def flush(self) -> None:
+        """Write up to 64 KiB of what has gathered, unless the transport is paused."""
+        self._scheduled = False
+        frames = self._frames if self._ahead is None else self._ahead
+        if not frames or self.paused or self.closed:
+            return
+        if len(frames) == 1:
+            data = frames[0]
+            frames.clear()
+        elif self.size <= WRITE_BYTES:
+            data = b"".join(frames)
+            frames.clear()
+        else:
+            data = _take(frames)
+        self.size -= len(data)
+        self._flusher.waiting_bytes -= len(data)
+        self.sink.write(data)
+        if frames:
+            self._schedule()
+        elif self._drained is not None:
+            self._tell_drained()
+
+    def flush_all(self) -> None:
+        """Write everything before a close; nothing to a transport that takes nothing."""
+        self.let_go()
+        while self._frames and not self.paused and not self.closed:
+            self.flush()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._flusher.schedule(self)
+
+    def pause(self) -> None:
+        """The transport's buffer is full (`pause_writing`)."""
+        self.paused = True
+        self._flusher.paused(self)
+
+    def resume(self) -> None:
+        """The transport takes again (`resume_writing`)."""
+        self.paused = False
+        self._flusher.resumed(self)
+        if self._frames or self._ahead:
+            self._schedule()
+        elif self._drained is not None:
+            self._tell_drained()
+
+    def close(self) -> None:
+        """Drop what was not written; nothing is taken any more."""
+        self.closed = True
+        self._frames.clear()
+        self._ahead = None
+        self._flusher.waiting_bytes -= self.size
+        self.size = 0
+        self._flusher.resumed(self)
+        self._tell_drained()
+
+    async def drained(self) -> None:
+        """Wait until what may be written has been, or the connection is closed. One waiter at a time."""
+        if self.closed or not (
+            self.paused or self._ahead or (self._ahead is None and self._frames)
+        ):
+            return
+        self._drained = self._flusher.loop.create_future()
+        await self._drained
+
+    def _tell_drained(self) -> None:
+        drained, self._drained = self._drained, None
+        if drained is not None and not drained.done():
+            drained.set_result(None)
+
+
+def _take(frames: list[bytes]) -> bytes:
+    """Remove and join as many leading frames as fit into one write, at least one."""
+    size = 0
+    for count, frame in enumerate(frames):
+        size += len(frame)
+        if size > WRITE_BYTES and count:
+            break
+    else:
+        count = len(frames)
+    data = b"".join(frames[:count])
+    del frames[:count]
+    return data

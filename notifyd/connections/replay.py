@@ -1,0 +1,180 @@
+"""What a returning user gets before anything live: his log, and what his other connections hold.
+
+Pages of the log are read by cursor and written one at a time, each when the one before has drained;
+what is live meanwhile waits in the outbox, behind them. Nothing is taken out of the log here: an
+entry is settled when it is confirmed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from notifyd import wire
+from notifyd.connections.connection import Connection, Held, State
+from notifyd.dispatch.confirmation import Confirmations
+from notifyd.dispatch.targets import admits
+from notifyd.eventually import Eventually, settled
+from notifyd.metrics import Metrics
+from notifyd.notification import Notification
+from notifyd.queue.base import AckLedger, Page, UserLogs, entry_bytes
+
+
+class Replayer:
+    """Replays to connections, in pages of at most `page_bytes`.
+
+    `spawn` starts a task that is cancelled at shutdown. `logs` or `ledger` is None where it is
+    switched off.
+    """
+
+    def __init__(
+        self,
+        logs: UserLogs | None,
+        ledger: AckLedger | None,
+        confirmations: Confirmations,
+        metrics: Metrics,
+        *,
+        page_bytes: int,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self._logs = logs
+        self._ledger = ledger
+        self._confirmations = confirmations
+        self._metrics = metrics
+        self._page_bytes = page_bytes
+        self._spawn = spawn
+        self._again: dict[Connection, bool] = {}
+
+    def start(self, connection: Connection) -> None:
+        """Replay before anything live. What fits into one page of a store that answers at once is
+        written without a task."""
+        connection.outbox.hold_back()
+        first = self._read(connection, 0)
+        if isinstance(first, Page) and first.cursor is None:
+            replayed = self._send_page(connection, first)
+            others, all_sent = self._send_others(connection)
+            if all_sent:
+                self._finish(connection, replayed + others)
+                return
+            first = Page(())
+        self._again[connection] = False
+        self._spawn(self._replay(connection, first))
+
+    def again(self, connection: Connection) -> None:
+        """Something went back to the log of a user who is connected: replay it to him, marked."""
+        if connection.state is not State.OPEN or self._logs is None:
+            return
+        if connection in self._again:
+            self._again[connection] = True
+            return
+        self._again[connection] = False
+        self._spawn(self._replay_again(connection))
+
+    def _read(self, connection: Connection, after: int) -> Eventually[Page]:
+        if self._logs is None:
+            return Page(())
+        identity = connection.identity
+        return self._logs.read(
+            identity.tenant, identity.user_id, after=after, max_bytes=self._page_bytes
+        )
+
+    async def _replay(self, connection: Connection, first: Eventually[Page]) -> None:
+        try:
+            replayed = await self._send_pages(connection, await settled(first))
+            all_sent = False
+            while not all_sent and connection.state is State.OPEN:
+                await connection.outbox.drained()
+                others, all_sent = self._send_others(connection)
+                replayed += others
+            self._finish(connection, replayed)
+        finally:
+            wanted_again = self._again.pop(connection)
+        if wanted_again:
+            self.again(connection)
+
+    async def _replay_again(self, connection: Connection) -> None:
+        wanted_again = True
+        try:
+            while wanted_again and connection.state is State.OPEN:
+                self._again[connection] = False
+                await self._send_pages(connection, await settled(self._read(connection, 0)))
+                wanted_again = self._again[connection]
+        finally:
+            self._again.pop(connection)
+
+    async def _send_pages(self, connection: Connection, page: Page) -> int:
+        """Send a page and all that follow it; how many notifications were sent."""
+        replayed = self._send_page(connection, page)
+        while page.cursor is not None:
+            await connection.outbox.drained()
+            if connection.state is not State.OPEN:
+                break
+            page = await settled(self._read(connection, page.cursor))
+            replayed += self._send_page(connection, page)
+        return replayed
+
+    def _send_page(self, connection: Connection, page: Page) -> int:
+        if page.overflow is not None:
+            stream = f"user:{connection.identity.user_id}"
+            overflow = page.overflow
+            connection.reply(
+                wire.gap_message(stream, overflow.first, overflow.last, "queue_overflow")
+            )
+        notifications = [
+            entry.notification
+            for entry in page.entries
+            if self._wanted(connection, entry.notification)
+        ]
+        if not notifications or not self._write(connection, notifications):
+            return 0
+        for notification in notifications:
+            self._confirmations.hold_stored(notification, connection)
+        self._metrics.queue_replayed_total.inc(len(notifications))
+        if self._ledger is not None:
+            identity = connection.identity
+            for notification in notifications:
+                self._ledger.expect(identity.tenant, notification.id, (identity.user_id,))
+        return len(notifications)
+
+    def _send_others(self, connection: Connection) -> tuple[int, bool]:
+        """Up to a page of what the user's other connections hold, so that a half-open one withholds
+        nothing; how many, and whether that was all."""
+        page: list[Held] = []
+        size = 0
+        all_sent = True
+        for held in self._confirmations.held_by_others(connection):
+            if not self._wanted(connection, held.notification):
+                continue
+            size += entry_bytes(held.notification)
+            if page and size > self._page_bytes:
+                all_sent = False
+                break
+            page.append(held)
+        if not page or not self._write(connection, [held.notification for held in page]):
+            return 0, True
+        for held in page:
+            self._confirmations.share(held, connection)
+        return len(page), all_sent
+
+    def _wanted(self, connection: Connection, notification: Notification) -> bool:
+        """Not what it has already, nor what its audience keeps from it."""
+        known = connection.unconfirmed
+        if known is not None and notification.id in known:
+            return False
+        return admits(notification.audience, connection)
+
+    def _write(self, connection: Connection, notifications: Sequence[Notification]) -> bool:
+        """A page is one write: it counts once against the outbox's bound in messages."""
+        messages = [wire.notification_message(each, replayed=True) for each in notifications]
+        if connection.transport == "websocket":
+            data = b"".join([message.websocket for message in messages])
+        else:
+            data = b"".join([message.sse for message in messages])
+        return connection.outbox.put_ahead(data)
+
+    def _finish(self, connection: Connection, replayed: int) -> None:
+        if connection.state is not State.OPEN:
+            return
+        if replayed:
+            connection.reply(wire.message("caught_up", replayed=replayed))
+        connection.outbox.let_go()

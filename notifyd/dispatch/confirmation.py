@@ -1,0 +1,257 @@
+"""What was delivered to a user and is not confirmed yet: held here, settled, or handed to his queue.
+
+A notification to a user is held from delivery to confirmation, by every connection that took it. One
+confirmation by any of them settles it for the user. When the last connection that holds it ends
+without one, it goes back to the user's log. Confirmed is what the client acked; where it does not
+ack, what a Pong answered that was asked for after it (WebSocket), or what the connection outlived by
+`idle_timeout` (SSE).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import count
+
+import msgspec
+
+from notifyd.connections.connection import Connection, Held, State
+from notifyd.connections.registry import Registry
+from notifyd.eventually import Eventually, chain, then
+from notifyd.notification import Notification
+from notifyd.queue.base import AckLedger, UserLogs
+from notifyd.wire import ping_frame
+
+ASK_AT = 64
+"""So many unconfirmed notifications on one connection are asked about at once, not at the next tick."""
+
+
+class AckAnswer(msgspec.Struct, frozen=True, gc=False):
+    """Which ids were acknowledged, and which this user may not acknowledge."""
+
+    acked: list[str]
+    refused: list[str]
+
+
+class Confirmations:
+    """Holds, settles and hands back. `logs` or `ledger` is None where it is switched off.
+
+    `on_returned(tenant, user_id)` is told when something went back to the log of a user who is still
+    connected elsewhere.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        logs: UserLogs | None,
+        ledger: AckLedger | None,
+        *,
+        max_pending: int,
+        idle_timeout: float,
+        clock: Callable[[], float],
+        on_lost: Callable[[Notification], None],
+    ) -> None:
+        self._registry = registry
+        self._logs = logs
+        self._ledger = ledger
+        self._max_pending = max_pending
+        self._idle_timeout = idle_timeout
+        self._clock = clock
+        self._on_lost = on_lost
+        self.on_returned: Callable[[str, str], None] = lambda tenant, user_id: None
+        self._oldest_first: deque[Held] = deque()
+        self.held = 0
+        self._to_ask: dict[Connection, None] = {}
+        self._counter = count(1)
+
+    # --- holding ---
+
+    def hold(self, notification: Notification, connections: Sequence[Connection]) -> None:
+        """These connections of one user just took it."""
+        held = Held(notification, list(connections), self._clock())
+        for connection in connections:
+            connection.hold(held)
+            self._ask_soon(connection)
+        self._oldest_first.append(held)
+        self.held += 1
+        if self.held > self._max_pending:
+            self._move_oldest_to_log()
+        elif len(self._oldest_first) > 2 * self.held + 4096:
+            self._oldest_first = deque(held for held in self._oldest_first if not held.settled)
+
+    def share(self, held: Held, connection: Connection) -> None:
+        """A further connection of the same user took it, from what the others hold."""
+        held.connections.append(connection)
+        connection.hold(held)
+        self._ask_soon(connection)
+
+    def hold_stored(self, notification: Notification, connection: Connection) -> None:
+        """A connection took it from the log, which keeps it until it is settled."""
+        connection.hold(Held(notification, [connection], self._clock(), stored=True))
+        self._ask_soon(connection)
+
+    def held_by_others(self, connection: Connection) -> list[Held]:
+        """What the user's other connections hold that is not in his log, in order of delivery."""
+        identity = connection.identity
+        found: dict[str, Held] = {}
+        for other in self._registry.tenant(identity.tenant).of_user(identity.user_id):
+            if other is not connection and other.unconfirmed is not None:
+                for id, held in other.unconfirmed.items():
+                    if not held.stored:
+                        found.setdefault(id, held)
+        return sorted(found.values(), key=lambda held: held.since)
+
+    def _move_oldest_to_log(self) -> None:
+        while self.held > self._max_pending:
+            held = self._oldest_first.popleft()
+            if held.settled:
+                continue
+            identity = held.connections[0].identity
+            self._let_go(held)
+            self._to_log(identity.tenant, identity.user_id, held.notification)
+
+    def _let_go(self, held: Held) -> None:
+        """No connection holds it any more."""
+        held.settled = True
+        if not held.stored:
+            self.held -= 1
+        for connection in held.connections:
+            connection.forget(held.notification.id)
+
+    def _to_log(self, tenant: str, user_id: str, notification: Notification) -> Eventually[bool]:
+        """Hand a notification back to the user's log; False where nothing keeps it."""
+        expires_at = notification.expires_at
+        if (
+            self._logs is None
+            or not notification.storable
+            or (expires_at is not None and expires_at <= self._clock())
+        ):
+            self._on_lost(notification)
+            return False
+        if self._ledger is not None:
+            self._ledger.expect(tenant, notification.id, (user_id,), queued=True)
+        stored = self._logs.enqueue(tenant, (user_id,), notification)
+        return then(stored, lambda rejections: rejections[0] is None)
+
+    def release(self, connection: Connection) -> None:
+        """A connection ended: what only it held goes back to the user's log, in order.
+
+        The connection must be out of the registry already.
+        """
+        self._to_ask.pop(connection, None)
+        unconfirmed, connection.unconfirmed = connection.unconfirmed, None
+        if not unconfirmed:
+            return
+        identity = connection.identity
+        returned: list[Held] = []
+        for held in unconfirmed.values():
+            held.connections.remove(connection)
+            if not held.connections:
+                self._let_go(held)
+                if not held.stored:
+                    returned.append(held)
+        for held in returned:
+            self._to_log(identity.tenant, identity.user_id, held.notification)
+        if returned and self._registry.tenant(identity.tenant).of_user(identity.user_id):
+            self.on_returned(identity.tenant, identity.user_id)
+
+    # --- confirming ---
+
+    def acknowledge(self, tenant: str, user_id: str, ids: Sequence[str]) -> Eventually[AckAnswer]:
+        """The user's own acks. Answered after the store settled them; a second ack is acked again."""
+        held = {id: self._settle_here(tenant, user_id, id) for id in ids}
+        in_log = [id for id, found in held.items() if found is None or found.stored]
+        settled: Eventually[frozenset[str]] = (
+            self._logs.settle(tenant, user_id, in_log) if self._logs and in_log else frozenset()
+        )
+
+        def answer(found: frozenset[str]) -> AckAnswer:
+            acked = [id for id in held if id in found]
+            return AckAnswer(acked, [id for id in held if id not in found])
+
+        def after_settling(in_store: frozenset[str]) -> Eventually[frozenset[str]]:
+            found = in_store | {id for id, record in held.items() if record is not None}
+            if self._ledger is None:
+                return found
+            return then(self._ledger.acknowledge(tenant, user_id, list(held)), found.union)
+
+        return chain(then(settled, after_settling), answer)
+
+    def _settle_here(self, tenant: str, user_id: str, id: str) -> Held | None:
+        """Let every connection of the user go of it; what was held, or None."""
+        found: Held | None = None
+        for connection in self._registry.tenant(tenant).of_user(user_id):
+            unconfirmed = connection.unconfirmed
+            held = unconfirmed.get(id) if unconfirmed else None
+            if held is not None:
+                self._let_go(held)
+                if found is None or held.stored:
+                    found = held
+        return found
+
+    def _confirm(self, connection: Connection, ids: Sequence[str]) -> None:
+        """The transport's sign of life confirms these ids, as far as they are still held."""
+        identity = connection.identity
+        confirmed: list[str] = []
+        in_log: list[str] = []
+        for id in ids:
+            held = self._settle_here(identity.tenant, identity.user_id, id)
+            if held is not None:
+                confirmed.append(id)
+                if held.stored:
+                    in_log.append(id)
+        if in_log and self._logs is not None:
+            self._logs.settle(identity.tenant, identity.user_id, in_log)
+        if confirmed and self._ledger is not None:
+            self._ledger.confirm(identity.tenant, identity.user_id, confirmed)
+
+    # --- asking ---
+
+    def _ask_soon(self, connection: Connection) -> None:
+        if connection.acks or not connection.outbox.sink.pings:
+            return
+        self._to_ask[connection] = None
+        unconfirmed = connection.unconfirmed
+        if unconfirmed is not None and len(unconfirmed) >= ASK_AT and connection.asked is None:
+            self.ask(connection)
+
+    def ask_waiting(self) -> None:
+        """Ask every connection that took something since the last call (once a second)."""
+        waiting, self._to_ask = self._to_ask, {}
+        for connection in waiting:
+            if connection.asked is None:
+                self.ask(connection)
+            else:
+                self._to_ask[connection] = None
+
+    def ask(self, connection: Connection) -> None:
+        """Write a Ping whose Pong confirms all that was written before it (RFC 6455, section 5.5.3)."""
+        if connection.unconfirmed is None or connection.acks or connection.state is not State.OPEN:
+            return
+        if connection.outbox.holds_back:
+            # What is held behind a replay is not written yet, and no Pong may confirm it.
+            self._to_ask[connection] = None
+            return
+        counter = next(self._counter) & 0xFFFFFFFF
+        connection.asked = (counter, tuple(connection.unconfirmed))
+        connection.outbox.put(ping_frame(counter.to_bytes(4, "big")))
+
+    def pong(self, connection: Connection, payload: bytes) -> None:
+        """A Pong came; ours carries the counter of the Ping that is out."""
+        asked = connection.asked
+        if asked is None or payload != asked[0].to_bytes(4, "big"):
+            return
+        connection.asked = None
+        if not connection.acks:
+            self._confirm(connection, asked[1])
+            if connection.unconfirmed is not None:
+                self._to_ask[connection] = None
+
+    def confirm_outlived(self, connection: Connection, now: float) -> None:
+        """An SSE stream lived on: what was written `idle_timeout` ago counts as received."""
+        if connection.unconfirmed is None or connection.acks or connection.outbox.paused:
+            return
+        before = now - self._idle_timeout
+        self._confirm(
+            connection, [id for id, held in connection.unconfirmed.items() if held.since <= before]
+        )

@@ -1,0 +1,298 @@
+"""The way of a notification: resolve the target, offer it, hold it, queue it, and say what became of it.
+
+Everything up to the store happens in one turn of the event loop, so that what one caller sends one
+after the other reaches every connection in that order. Every recipient gets one outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+from notifyd.connections.connection import Connection
+from notifyd.connections.registry import Registry, TenantConnections
+from notifyd.dispatch.confirmation import Confirmations
+from notifyd.dispatch.targets import admitted, count_per_channel, may_await, resolve
+from notifyd.eventually import Eventually, is_awaitable, then
+from notifyd.metrics import Metrics
+from notifyd.notification import (
+    MAX_NOTIFICATION_BYTES,
+    Notification,
+    Outcome,
+    Receipt,
+    RecipientResult,
+    Target,
+)
+from notifyd.queue.base import AckLedger, Rejection, UserLogs
+from notifyd.wire import Message, notification_message
+
+BEST_FIRST = tuple(Outcome)
+
+# Below this no notification can be over the limit with everything else that goes with its payload.
+_SURELY_SMALL = MAX_NOTIFICATION_BYTES - 8192
+
+
+class Dispatcher:
+    """Sends notifications to whom they are for. `logs` or `ledger` is None where it is switched off."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        confirmations: Confirmations,
+        logs: UserLogs | None,
+        ledger: AckLedger | None,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._registry = registry
+        self._confirmations = confirmations
+        self._logs = logs
+        self._ledger = ledger
+        self._clock = clock
+        self._metrics = metrics
+        self._delivered_websocket = metrics.deliveries_total.labels("websocket")
+        self._delivered_sse = metrics.deliveries_total.labels("sse")
+
+    def dispatch(
+        self,
+        tenant: str,
+        target: Target,
+        notification: Notification,
+        *,
+        exclude_connection: str | None = None,
+        source: str,
+    ) -> Eventually[Receipt]:
+        """Send one notification; `source` is the way it came in, for the metrics.
+
+        Immediate unless a store must be awaited. Raises ValidationError where the encoded
+        notification is over 64 KiB; cancelling the awaitable does not undo what was delivered.
+        """
+        started = perf_counter()
+        self._metrics.notifications_total.labels(target.type, source).inc()
+        receipt = self._send(tenant, target, notification, exclude_connection)
+        self._metrics.dispatch_seconds.observe(perf_counter() - started)
+        return receipt
+
+    def _send(
+        self, tenant_name: str, target: Target, notification: Notification, exclude: str | None
+    ) -> Eventually[Receipt]:
+        message: Message | None = None
+        if len(memoryview(notification.payload)) > _SURELY_SMALL:
+            message = notification_message(notification)
+        expires_at = notification.expires_at
+        if notification.storable and expires_at is not None and expires_at <= self._clock():
+            return Receipt(notification.id, Outcome.EXPIRED)
+        tenant = self._registry.tenant(tenant_name)
+        if target.type == "user":
+            return self._send_to_user(
+                tenant_name, tenant, target.names[0], notification, message, exclude
+            )
+        if target.type == "users":
+            return self._send_to_users(
+                tenant_name, tenant, target.names, notification, message, exclude
+            )
+        return self._send_to_connected(tenant_name, tenant, target, notification, message, exclude)
+
+    # --- channels and broadcasts: for those who are connected ---
+
+    def _send_to_connected(
+        self,
+        tenant_name: str,
+        tenant: TenantConnections,
+        target: Target,
+        notification: Notification,
+        message: Message | None,
+        exclude: str | None,
+    ) -> Receipt:
+        found = resolve(tenant, target)
+        if not found:
+            counts = dict.fromkeys(target.names, 0) if target.type == "channels" else None
+            return Receipt(notification.id, Outcome.NOBODY, channels=counts)
+        connections = admitted(found, notification.audience, exclude)
+        # The expectation is there before the first bytes are, so that no ack can come too early.
+        if self._ledger is not None:
+            if notification.require_ack:
+                users = {connection.identity.user_id: None for connection in connections}
+                self._ledger.expect(tenant_name, notification.id, tuple(users))
+            else:
+                self._ledger.expect_anyone(tenant_name, notification.id)
+        taken_by = self._offer(connections, message or notification_message(notification))
+        if taken_by:
+            outcome = Outcome.DELIVERED
+        else:
+            outcome = Outcome.NOBODY if connections else Outcome.FILTERED
+        counts = None
+        if target.type == "channels":
+            counts = count_per_channel(tenant, target.names, set(taken_by))
+        return Receipt(notification.id, outcome, len(taken_by), channels=counts)
+
+    def _offer(self, connections: Sequence[Connection], message: Message) -> Sequence[Connection]:
+        """Offer to each; those that took it."""
+        started = perf_counter()
+        taken_by = [connection for connection in connections if connection.offer(message)]
+        self._count(taken_by, len(connections))
+        self._metrics.fanout_seconds.observe(perf_counter() - started)
+        return taken_by
+
+    def _count(self, taken_by: Sequence[Connection], offered: int) -> None:
+        streams = 0
+        if self._registry.by_transport["sse"]:
+            streams = sum(connection.transport == "sse" for connection in taken_by)
+        if streams:
+            self._delivered_sse.inc(streams)
+        if len(taken_by) > streams:
+            self._delivered_websocket.inc(len(taken_by) - streams)
+        if offered > len(taken_by):
+            self._metrics.delivery_failures_total.labels("slow").inc(offered - len(taken_by))
+
+    # --- users: held until confirmed, queued where nobody took it ---
+
+    def _send_to_user(
+        self,
+        tenant_name: str,
+        tenant: TenantConnections,
+        user_id: str,
+        notification: Notification,
+        message: Message | None,
+        exclude: str | None,
+    ) -> Eventually[Receipt]:
+        outcome, connections = Outcome.NOBODY, 0
+        if user_id in tenant.users:
+            message = message or notification_message(notification)
+            outcome, connections = self._deliver(tenant, user_id, notification, message, exclude)
+        if outcome is Outcome.DELIVERED and self._ledger is not None:
+            self._ledger.expect(tenant_name, notification.id, (user_id,))
+        if outcome is not Outcome.NOBODY:
+            return Receipt(notification.id, outcome, connections)
+        if not may_await(notification.audience, user_id):
+            return Receipt(notification.id, Outcome.FILTERED)
+        if self._logs is None or not notification.storable:
+            return Receipt(notification.id, Outcome.NOBODY)
+        stored = self._enqueue(tenant_name, (user_id,), notification)
+        return then(stored, lambda rejections: _queued_receipt(notification.id, rejections[0]))
+
+    def _deliver(
+        self,
+        tenant: TenantConnections,
+        user_id: str,
+        notification: Notification,
+        message: Message,
+        exclude: str | None,
+    ) -> tuple[Outcome, int]:
+        """Offer to a user's connections and hold; NOBODY where none is left that could take it."""
+        found = tenant.users[user_id]
+        connections = admitted(found, notification.audience, exclude)
+        if not connections:
+            return Outcome.FILTERED, 0
+        taken_by = [connection for connection in connections if connection.offer(message)]
+        self._count(taken_by, len(connections))
+        if not taken_by:
+            return Outcome.NOBODY, 0
+        self._confirmations.hold(notification, taken_by)
+        return Outcome.DELIVERED, len(taken_by)
+
+    def _send_to_users(
+        self,
+        tenant_name: str,
+        tenant: TenantConnections,
+        user_ids: Sequence[str],
+        notification: Notification,
+        message: Message | None,
+        exclude: str | None,
+    ) -> Eventually[Receipt]:
+        message = message or notification_message(notification)
+        started = perf_counter()
+        results: dict[str, RecipientResult] = {}
+        delivered: list[str] = []
+        away: list[str] = []
+        for user_id in user_ids:
+            if user_id in results:
+                continue
+            outcome, connections = Outcome.NOBODY, 0
+            if user_id in tenant.users:
+                outcome, connections = self._deliver(
+                    tenant, user_id, notification, message, exclude
+                )
+            if outcome is Outcome.DELIVERED:
+                delivered.append(user_id)
+            elif outcome is Outcome.NOBODY:
+                if not may_await(notification.audience, user_id):
+                    outcome = Outcome.FILTERED
+                else:
+                    away.append(user_id)
+            results[user_id] = RecipientResult(outcome, connections)
+        self._metrics.fanout_seconds.observe(perf_counter() - started)
+        if delivered and self._ledger is not None:
+            self._ledger.expect(tenant_name, notification.id, delivered)
+        if not away or self._logs is None or not notification.storable:
+            return _combined(notification.id, results)
+
+        def with_queued(rejections: Sequence[Rejection | None]) -> Receipt:
+            for user_id, rejection in zip(away, rejections, strict=True):
+                results[user_id] = (
+                    RecipientResult(Outcome.QUEUED)
+                    if rejection is None
+                    else RecipientResult(Outcome.FAILED, reason=rejection)
+                )
+            return _combined(notification.id, results)
+
+        return then(self._enqueue(tenant_name, away, notification), with_queued)
+
+    def _enqueue(
+        self, tenant_name: str, user_ids: Sequence[str], notification: Notification
+    ) -> Eventually[Sequence[Rejection | None]]:
+        assert self._logs is not None
+        stored = self._logs.enqueue(tenant_name, user_ids, notification)
+        if not is_awaitable(stored):
+            return self._enqueued(tenant_name, user_ids, notification, stored)
+        return then(
+            stored,
+            lambda rejections: self._enqueued(tenant_name, user_ids, notification, rejections),
+        )
+
+    def _enqueued(
+        self,
+        tenant_name: str,
+        user_ids: Sequence[str],
+        notification: Notification,
+        rejections: Sequence[Rejection | None],
+    ) -> Sequence[Rejection | None]:
+        kept = [
+            user_id
+            for user_id, rejection in zip(user_ids, rejections, strict=True)
+            if rejection is None
+        ]
+        if kept:
+            self._metrics.queue_enqueued_total.inc(len(kept))
+            if self._ledger is not None:
+                self._ledger.expect(tenant_name, notification.id, kept, queued=True)
+            # A store that had to be awaited answers later: they may have connected meanwhile.
+            tenant = self._registry.tenant(tenant_name)
+            for user_id in kept:
+                if user_id in tenant.users:
+                    self._confirmations.on_returned(tenant_name, user_id)
+        if len(kept) < len(user_ids):
+            self._metrics.delivery_failures_total.labels("queue_full").inc(
+                len(user_ids) - len(kept)
+            )
+        return rejections
+
+
+def _queued_receipt(notification_id: str, rejection: Rejection | None) -> Receipt:
+    if rejection is None:
+        return Receipt(notification_id, Outcome.QUEUED, queued=1)
+    return Receipt(notification_id, Outcome.FAILED, failed=1, reason=rejection)
+
+
+def _combined(notification_id: str, results: dict[str, RecipientResult]) -> Receipt:
+    """The receipt of several recipients; the best of their outcomes is the call's."""
+    outcomes = [result.outcome for result in results.values()]
+    present = set(outcomes)
+    return Receipt(
+        notification_id,
+        next(outcome for outcome in BEST_FIRST if outcome in present),
+        delivered_to=sum(result.connections for result in results.values()),
+        queued=outcomes.count(Outcome.QUEUED),
+        failed=outcomes.count(Outcome.FAILED),
+        results=results,
+    )

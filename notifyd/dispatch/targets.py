@@ -1,0 +1,67 @@
+"""Which connections a target means, and which of them may receive. Pure: nothing is sent here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from notifyd.connections.connection import Connection
+from notifyd.connections.registry import TenantConnections
+from notifyd.notification import EVERYONE, Audience, Target
+
+
+def resolve(tenant: TenantConnections, target: Target) -> list[Connection]:
+    """The local connections of a channel, several channels or a broadcast, each once.
+
+    A copy: a slow consumer that is found on the way leaves the indexes at once.
+    """
+    if target.type == "broadcast":
+        return list(tenant.connections.values())
+    members = [
+        tenant.channels[name].connections for name in target.names if name in tenant.channels
+    ]
+    if len(members) == 1:
+        return list(members[0])
+    united: dict[Connection, None] = {}
+    for connections in members:
+        united.update(connections)
+    return list(united)
+
+
+def admitted(
+    connections: Sequence[Connection], audience: Audience, exclude_connection: str | None
+) -> Sequence[Connection]:
+    """Those that the audience admits, without the sender's own connection."""
+    if exclude_connection is not None:
+        connections = [
+            connection for connection in connections if connection.id != exclude_connection
+        ]
+    if audience is EVERYONE or audience.type == "All":
+        return connections
+    return [connection for connection in connections if admits(audience, connection)]
+
+
+def admits(audience: Audience, connection: Connection) -> bool:
+    """Whether this connection is within the audience."""
+    identity = connection.identity
+    return audience.admits(identity.user_id, identity.roles, connection.subscriptions)
+
+
+def may_await(audience: Audience, user_id: str) -> bool:
+    """Whether a user who is away can be within the audience when he returns.
+
+    His roles are asked then; subscriptions end with their connection.
+    """
+    if audience.type == "Users":
+        return user_id in audience.values
+    return audience.type != "Channels"
+
+
+def count_per_channel(
+    tenant: TenantConnections, names: Iterable[str], taken_by: set[Connection]
+) -> dict[str, int]:
+    """How many subscribers of each channel took it."""
+    counts = {}
+    for name in names:
+        channel = tenant.channels.get(name)
+        counts[name] = 0 if channel is None else len(taken_by & channel.connections.keys())
+    return counts

@@ -1,0 +1,60 @@
+"""Whose address counts: the socket's, or the one that a trusted proxy tells."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+
+
+class TrustedProxies:
+    """The addresses and networks of `server.forwarded_allow_ips`; `*` trusts every peer."""
+
+    def __init__(self, allowed: Sequence[str]) -> None:
+        self._everybody = "*" in allowed
+        self._networks = [
+            ipaddress.ip_network(each, strict=False) for each in allowed if each not in ("*", "")
+        ]
+
+    def client_address(self, peer: str, headers: Sequence[tuple[bytes, bytes]]) -> str:
+        """The client's address: of what X-Forwarded-For lists, the last that is no proxy of ours.
+
+        A peer that is not trusted is the client itself, whatever it claims. Header names are in lower
+        case.
+        """
+        if not (self._everybody or self._networks) or not self._trusts(peer):
+            return peer
+        hops: list[str] = []
+        for name, value in headers:
+            if name == b"x-forwarded-for":
+                hops += value.decode("latin-1").split(",")
+        client = peer
+        for hop in reversed(hops):
+            address = _bare(hop)
+            if address is None:
+                break
+            client = address
+            if not self._trusts(address):
+                break
+        return client
+
+    def _trusts(self, address: str) -> bool:
+        if self._everybody:
+            return True
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(parsed in network for network in self._networks)
+
+
+def _bare(hop: str) -> str | None:
+    """An address without its port and brackets, None where it is none."""
+    text = hop.strip()
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        return None

@@ -1,0 +1,141 @@
+"""Every socket from accept to its end: how many there may be, and how long they may say nothing.
+
+A socket that has not sent a byte costs a transport and one small object; only then does it get an
+HTTP parser. All deadlines before a connection is established are swept by one timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import TimerHandle
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import structlog
+
+SILENT_SECONDS = 10.0
+SWEEP_SECONDS = 1.0
+
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 5\r\n"
+    b"connection: close\r\ncontent-length: 82\r\n\r\n"
+    b'{"error":{"code":"UNAVAILABLE","message":"The server has too many open sockets."}}'
+)
+
+
+class Waiting(Protocol):
+    """A socket with a deadline, in the event loop's seconds; infinite while the server itself works."""
+
+    deadline: float
+
+    def timed_out(self) -> None:
+        """The deadline passed."""
+
+
+class Door:
+    """Counts sockets, and sweeps those that wait."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, max_sockets: int) -> None:
+        self.loop = loop
+        self.max_sockets = max_sockets
+        self.sockets = 0
+        self.detached = 0
+        self.waiting: dict[Waiting, None] = {}
+        self._timer: TimerHandle | None = None
+        self._log = structlog.get_logger("notifyd.server")
+        self._full = False
+
+    def start(self) -> None:
+        """Begin to sweep."""
+        self._timer = self.loop.call_later(SWEEP_SECONDS, self._sweep)
+
+    def stop(self) -> None:
+        """No sweep after this."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def enter(self) -> bool:
+        """One more socket; False where there are too many."""
+        self.sockets += 1
+        if self.sockets <= self.max_sockets:
+            self._full = False
+            return True
+        if not self._full:
+            self._full = True
+            self._log.warning(
+                "as many sockets as server.max_sockets allows", sockets=self.max_sockets
+            )
+        return False
+
+    def leave(self) -> None:
+        """A socket is gone."""
+        self.sockets -= 1
+
+    def detach(self) -> None:
+        """A socket went over from HTTP to a protocol of its own."""
+        self.detached += 1
+
+    def leave_detached(self) -> None:
+        """Such a socket is gone."""
+        self.detached -= 1
+        self.sockets -= 1
+
+    def _sweep(self) -> None:
+        self._timer = self.loop.call_later(SWEEP_SECONDS, self._sweep)
+        now = self.loop.time()
+        for each in [each for each in self.waiting if each.deadline <= now]:
+            each.timed_out()
+
+    def close_silent(self) -> None:
+        """The server stops: sockets that never spoke need no answer."""
+        for each in list(self.waiting):
+            if isinstance(each, Doorman):
+                each.timed_out()
+
+
+class Doorman(asyncio.Protocol):
+    """Stands at a fresh socket until its first bytes come."""
+
+    __slots__ = ("_door", "_make_guest", "_transport", "deadline")
+
+    def __init__(self, door: Door, make_guest: Callable[[], asyncio.Protocol]) -> None:
+        self._door = door
+        self._make_guest = make_guest
+        self._transport: asyncio.Transport | None = None
+        self.deadline = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Let the socket in, or turn it away."""
+        # uvloop's transports are not asyncio's by class.
+        self._transport = socket = cast(asyncio.Transport, transport)
+        if not self._door.enter():
+            socket.write(_FULL)
+            socket.close()
+            return
+        self.deadline = self._door.loop.time() + SILENT_SECONDS
+        self._door.waiting[self] = None
+
+    def data_received(self, data: bytes) -> None:
+        """Hand the socket over to who can read it."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        self._door.waiting.pop(self, None)
+        guest = self._make_guest()
+        guest.connection_made(transport)
+        transport.set_protocol(guest)
+        guest.data_received(data)
+
+    def eof_received(self) -> None:
+        """It left without a word."""
+
+    def timed_out(self) -> None:
+        """It said nothing for ten seconds."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone."""
+        self._door.waiting.pop(self, None)
+        self._door.leave()

@@ -1,0 +1,626 @@
+"""HTTP/1.1 on uvicorn's parser and bookkeeping, with lanes of our own beside its ASGI cycle.
+
+The hot publishing routes are answered in `on_message_complete`, without a task or an ASGI cycle;
+WebSocket upgrades and SSE streams leave this protocol for their own. All else goes to uvicorn. This
+module and `serve` are the only ones that know uvicorn; `UVICORN_ATTRIBUTES` lists what they touch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any, Final
+
+import httptools
+import structlog
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+from websockets.utils import accept_key
+
+from notifyd import wire
+from notifyd.api.guard import Answer, Endpoint, Guard, Request
+from notifyd.connections.admission import Handshake
+from notifyd.connections.lifecycle import Lifecycle
+from notifyd.connections.refusal import as_stream, by_close_code
+from notifyd.errors import (
+    BadRequest,
+    HeadTooLarge,
+    NotFound,
+    NotifydError,
+    RequestTimeout,
+)
+from notifyd.eventually import Eventually, is_awaitable
+from notifyd.forwarded import TrustedProxies
+from notifyd.identifiers import request_id
+from notifyd.identity import Identity
+from notifyd.server.door import Door
+from notifyd.server.stream import StreamProtocol
+from notifyd.server.websocket import WebSocketProtocol
+
+TESTED_UVICORN = "0.54"
+
+UVICORN_ATTRIBUTES: Final = {
+    "HttpToolsProtocol": (
+        "_should_upgrade", "_start_asgi_task", "_unset_keepalive_if_required", "app_state", "client", "connections", "cycle",
+        "expect_100_continue", "flow", "headers", "loop", "parser", "pipeline", "scope", "server_state",
+        "transport", "url",
+    ),
+    "RequestResponseCycle": ("disconnected", "keep_alive", "message_event", "response_complete"),
+    "FlowControl": ("pause_reading", "resume_reading", "resume_writing", "write_paused"),
+    "ServerState": ("connections", "default_headers", "tasks", "total_requests"),
+}  # fmt: skip
+
+MAX_HEAD_BYTES = 16384
+MAX_HEADERS = 100
+HEAD_SECONDS = 10.0
+BODY_SECONDS = 30.0
+KEEP_ALIVE_SECONDS = 75.0
+# The ASGI routes answer a slow body themselves; this is for what would not read it at all.
+ASGI_BODY_SECONDS = 35.0
+MAX_EARLY_BYTES = 65536
+
+_NEVER = float("inf")
+
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncache-control: no-store\r\n"
+    b"x-accel-buffering: no\r\nconnection: close\r\n"
+)
+
+
+class Services:
+    """What every socket's protocol needs to answer."""
+
+    def __init__(
+        self,
+        *,
+        lifecycle: Lifecycle,
+        guard: Guard,
+        fast: Mapping[bytes, Endpoint],
+        proxies: TrustedProxies,
+        max_message_bytes: int,
+        spread: Callable[[float, float], float],
+    ) -> None:
+        self.lifecycle = lifecycle
+        self.guard = guard
+        self.fast = fast
+        self.proxies = proxies
+        self.max_message_bytes = max_message_bytes
+        self.spread = spread
+        self.log = structlog.get_logger("notifyd.server")
+
+
+class _NoEvent:
+    """Nobody waits for a message of a request that the fast lane has."""
+
+    __slots__ = ()
+
+    def set(self) -> None:
+        """There is nobody to wake."""
+
+
+class FastCycle:
+    """Stands where uvicorn keeps its request cycle, while and after the fast lane answers."""
+
+    __slots__ = ("disconnected", "keep_alive", "response_complete")
+
+    message_event = _NoEvent()
+
+    def __init__(self, *, response_complete: bool) -> None:
+        self.response_complete = response_complete
+        self.keep_alive = True
+        self.disconnected = False
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One client's socket while it speaks HTTP."""
+
+    def __init__(
+        self,
+        services: Services,
+        door: Door,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._services = services
+        self._door = door
+        self._in_head = False
+        self._head_bytes = 0
+        self._head_began = False
+        self._endpoint: Endpoint | None = None
+        self._length = 0
+        self._body = b""
+        self._stream = False
+        self._early: bytearray | None = None
+        self._refusal: NotifydError | None = None
+        self._default_headers: list[tuple[bytes, bytes]] = []
+        self._default_head = b""
+        self.deadline = _NEVER
+
+    # --- the transport ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:  # type: ignore[override]
+        """The doorman hands the socket over with its first bytes."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self.deadline = self.loop.time() + HEAD_SECONDS
+        self._door.waiting[self] = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The socket is gone."""
+        self._door.waiting.pop(self, None)
+        self._door.leave()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Feed the parser; count what belongs to a head, which uvicorn would let grow without end."""
+        if self._early is not None:
+            # A client speaks before its handshake is answered: kept for its WebSocket.
+            self._early += data
+            if len(self._early) > MAX_EARLY_BYTES:
+                self.transport.close()
+            return
+        self._head_began = False
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._upgrade(data[upgrade.args[0] :])
+            return
+        except httptools.HttpParserError:
+            if not self._stream:
+                refusal = self._refusal or BadRequest("This is not a valid HTTP request.")
+                self._refuse_and_close(refusal)
+            return
+        if self._in_head and not self._head_began:
+            # The head of one request spans this whole chunk.
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse_and_close(_head_too_large())
+
+    def timed_out(self) -> None:
+        """The deadline for a head or a body passed; an idle connection is just closed."""
+        self.deadline = _NEVER
+        if self._in_head or self._endpoint is not None:
+            what = "head" if self._in_head else "body"
+            self._refuse_and_close(RequestTimeout(f"The request's {what} did not arrive in time."))
+        else:
+            self.transport.close()
+
+    def shutdown(self) -> None:
+        """The server stops: finish what is being answered, take nothing new."""
+        if self._endpoint is not None and not self.transport.is_closing():
+            self._refuse_and_close(RequestTimeout("The server is shutting down."))
+            return
+        super().shutdown()
+
+    # --- the parser ---
+
+    def on_message_begin(self) -> None:
+        """A request's first byte."""
+        super().on_message_begin()
+        self._in_head = True
+        self._head_began = True
+        self._head_bytes = 0
+        self.deadline = self.loop.time() + HEAD_SECONDS
+
+    def on_url(self, url: bytes) -> None:
+        """A piece of the request's target."""
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header."""
+        self._count_head(len(name) + len(value) + 4)
+        if len(self.headers) >= MAX_HEADERS:
+            self._refusal = _head_too_large()
+            raise self._refusal
+        super().on_header(name, value)
+
+    def _count_head(self, size: int) -> None:
+        if self._head_began:
+            self._head_bytes += size
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refusal = _head_too_large()
+                raise self._refusal
+
+    def on_headers_complete(self) -> None:
+        """Choose the lane."""
+        self._in_head = False
+        method = self.parser.get_method()
+        if method == b"POST":
+            endpoint = self._services.fast.get(self.url)
+            if endpoint is not None and self._takes_fast_lane(endpoint):
+                self._endpoint = endpoint
+                self._body = b""
+                self.deadline = self.loop.time() + BODY_SECONDS
+                return
+        elif method == b"GET" and self._is_stream():
+            self._stream = True
+            return
+        self._check_length()
+        self.deadline = self.loop.time() + ASGI_BODY_SECONDS
+        super().on_headers_complete()
+
+    def _check_length(self) -> None:
+        """Two ways to say where a body ends are a way to smuggle a request (RFC 9112, section 6.3)."""
+        names = [
+            name for name, _ in self.headers if name in (b"content-length", b"transfer-encoding")
+        ]
+        if len(names) > 1:
+            self._refusal = BadRequest(
+                "A request has one Content-Length or one Transfer-Encoding, not both and not two."
+            )
+            raise self._refusal
+
+    def _takes_fast_lane(self, endpoint: Endpoint) -> bool:
+        parser = self.parser
+        if (
+            not parser.should_keep_alive()
+            or parser.should_upgrade()
+            or parser.get_http_version() != "1.1"
+        ):
+            return False
+        if self._busy():
+            return False
+        length = -1
+        for name, value in self.headers:
+            if name == b"content-length":
+                if length >= 0 or not value.isdigit():
+                    return False
+                length = int(value)
+            elif name == b"transfer-encoding" or name == b"expect":
+                return False
+        self._length = length
+        return 0 <= length <= endpoint.max_body
+
+    def _busy(self) -> bool:
+        """Whether a request before this one is still being answered, or its client does not read."""
+        cycle = self.cycle
+        return (
+            (cycle is not None and not cycle.response_complete)
+            or bool(self.pipeline)
+            or self.flow.write_paused
+        )
+
+    def _is_stream(self) -> bool:
+        if self.url.partition(b"?")[0] != b"/sse" or self.parser.get_http_version() != "1.1":
+            return False
+        if self.parser.should_upgrade() or self._busy():
+            return False
+        return not any(
+            name in (b"content-length", b"transfer-encoding", b"expect") for name, _ in self.headers
+        )
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of a body."""
+        if self._endpoint is not None:
+            self._body = self._body + body if self._body else body
+        else:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """A request is whole."""
+        endpoint = self._endpoint
+        if endpoint is not None:
+            self._endpoint = None
+            self.deadline = _NEVER
+            self._answer_fast(endpoint)
+        elif self._stream:
+            self._open_stream()
+        else:
+            answered = self.cycle is not None and self.cycle.response_complete
+            self.deadline = self.loop.time() + KEEP_ALIVE_SECONDS if answered else _NEVER
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """An answer is written. As uvicorn does it, with our sweep in place of a timer each."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+        elif self.deadline == _NEVER:
+            self.deadline = self.loop.time() + KEEP_ALIVE_SECONDS
+
+    # --- the fast lane ---
+
+    def _answer_fast(self, endpoint: Endpoint) -> None:
+        body, self._body = self._body, b""
+        request = Request("POST", endpoint.path, {}, b"", self.headers, body, self._peer())
+        answer = endpoint(request)
+        if is_awaitable(answer):
+            cycle = FastCycle(response_complete=False)
+            self.cycle = cycle  # type: ignore[assignment]  # what uvicorn reads of a cycle is there
+            task = self.loop.create_task(self._answer_later(cycle, answer))
+            self.server_state.tasks.add(task)
+            task.add_done_callback(self.server_state.tasks.discard)
+            return
+        self.cycle = _ANSWERED  # type: ignore[assignment]  # as above
+        self.transport.write(self._render(answer))  # type: ignore[arg-type]  # see eventually.py
+        self.on_response_complete()
+
+    async def _answer_later(self, cycle: FastCycle, pending: Awaitable[Answer]) -> None:
+        answer = await pending
+        cycle.response_complete = True
+        if cycle.disconnected or self.transport.is_closing():
+            return
+        self.transport.write(self._render(answer, close=not cycle.keep_alive))
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    def _render(self, answer: Answer, *, close: bool = False) -> bytes:
+        defaults = self.server_state.default_headers
+        if defaults is not self._default_headers:
+            # uvicorn makes a new list each second, with the new date.
+            self._default_headers = defaults
+            self._default_head = b"".join([b"%b: %b\r\n" % header for header in defaults])
+        head = STATUS_LINE[answer.status] + self._default_head
+        for name, value in answer.headers:
+            head += b"%b: %b\r\n" % (name, value)
+        if close:
+            head += b"connection: close\r\n"
+        if answer.status == 204:
+            return head + b"\r\n"
+        return b"%bcontent-type: %b\r\ncontent-length: %d\r\n\r\n%b" % (
+            head,
+            answer.content_type,
+            len(answer.body),
+            answer.body,
+        )
+
+    def _peer(self) -> str:
+        host = self.client[0] if self.client else ""
+        return self._services.proxies.client_address(host, self.headers)
+
+    # --- refusing ---
+
+    def _refusal_answer(self, error: Exception, route: str) -> Answer:
+        guard = self._services.guard
+        method = (
+            self.scope["method"] if self.scope is not None and "method" in self.scope else "GET"
+        )
+        request = Request(method, route, {}, b"", self.headers or [], b"", "")
+        request.request_id = request_id(request.header(b"x-request-id"))
+        answer = guard.refusal(request, error)
+        headers = (*answer.headers, (b"x-request-id", request.request_id.encode()))
+        origin = request.header(b"origin")
+        if origin is not None:
+            headers += guard.cors(origin)
+        guard.metrics.http_requests_total.labels(method, route, str(answer.status)).inc()
+        return Answer(answer.status, answer.body, headers, answer.content_type)
+
+    def _refuse_and_close(self, error: Exception, route: str = "invalid") -> None:
+        """Answer what cannot go on, and end the connection."""
+        self._endpoint = None
+        self.deadline = _NEVER
+        if self.transport.is_closing():
+            return
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            self.transport.write(self._render(self._refusal_answer(error, route), close=True))
+        # Behind a request that is still being answered, an answer now would be taken for its own.
+        self.transport.close()
+
+    # --- leaving for a protocol of its own ---
+
+    def _leave(self) -> None:
+        """uvicorn and the sweep forget this protocol; the socket stays, and stays counted."""
+        self.connections.discard(self)
+        self._door.waiting.pop(self, None)
+        self._unset_keepalive_if_required()
+
+    def _handshake(
+        self, transport: str, query: bytes
+    ) -> Eventually[tuple[Handshake, Identity | None]]:
+        services = self._services
+        handshake = Handshake(transport, query, self.headers, self._peer())  # type: ignore[arg-type]
+        try:
+            identity = services.lifecycle.admit(handshake)
+        except NotifydError as error:
+            raise _Refused(handshake, error) from error
+        if is_awaitable(identity):
+            return self._handshake_later(handshake, identity)
+        return handshake, identity  # type: ignore[return-value]  # see eventually.py
+
+    async def _handshake_later(
+        self, handshake: Handshake, pending: Awaitable[Identity | None]
+    ) -> tuple[Handshake, Identity | None]:
+        try:
+            return handshake, await pending
+        except NotifydError as error:
+            raise _Refused(handshake, error) from error
+
+    def _arrive(
+        self,
+        transport: str,
+        query: bytes,
+        accept: Callable[[Handshake, Identity | None], None],
+        refuse: Callable[[Handshake | None, NotifydError], None],
+    ) -> None:
+        try:
+            arrived = self._handshake(transport, query)
+        except _Refused as refused:
+            refuse(refused.handshake, refused.error)
+        except NotifydError as error:
+            refuse(None, error)
+        else:
+            if is_awaitable(arrived):
+                task = self.loop.create_task(self._arrive_later(arrived, accept, refuse))
+                self.server_state.tasks.add(task)
+                task.add_done_callback(self.server_state.tasks.discard)
+            else:
+                accept(*arrived)  # type: ignore[misc]  # see eventually.py
+
+    async def _arrive_later(
+        self,
+        arriving: Awaitable[tuple[Handshake, Identity | None]],
+        accept: Callable[[Handshake, Identity | None], None],
+        refuse: Callable[[Handshake | None, NotifydError], None],
+    ) -> None:
+        try:
+            handshake, identity = await arriving
+        except _Refused as refused:
+            if not self.transport.is_closing():
+                refuse(refused.handshake, refused.error)
+            return
+        if self.transport.is_closing():
+            return
+        try:
+            # Others may have taken the room while the token's key was fetched.
+            self._services.lifecycle.check_room(handshake, identity)
+        except NotifydError as error:
+            refuse(handshake, error)
+        else:
+            accept(handshake, identity)
+
+    # --- WebSocket ---
+
+    def _upgrade(self, early: bytes) -> None:
+        if not self._should_upgrade():
+            # Any other upgrade may be ignored (RFC 9110, section 7.8): uvicorn has the request.
+            return
+        path, _, query = self.url.partition(b"?")
+        self.deadline = _NEVER
+        if self._busy():
+            self._refuse_and_close(BadRequest("An upgrade cannot be pipelined."))
+            return
+        if path != b"/ws":
+            self._refuse_and_close(NotFound("There is no WebSocket under this path; it is /ws."))
+            return
+        self._leave()
+        self._early = bytearray(early)
+        try:
+            key = self._websocket_key()
+        except NotifydError as error:
+            self._refuse_and_close(error, "/ws")
+            return
+        self._arrive(
+            "websocket",
+            query,
+            partial(self._accept_websocket, key),
+            partial(self._refuse_websocket, key),
+        )
+
+    def _websocket_key(self) -> str:
+        """The handshake's nonce (RFC 6455, section 4.2.1). Raises BadRequest."""
+        key = version = None
+        for name, value in self.headers:
+            if name == b"sec-websocket-key":
+                if key is not None:
+                    raise BadRequest("Sec-WebSocket-Key stands twice.")
+                key = value
+            elif name == b"sec-websocket-version":
+                version = value
+        if self.parser.get_method() != b"GET" or version != b"13":
+            raise BadRequest("A WebSocket handshake is a GET with Sec-WebSocket-Version: 13.")
+        try:
+            if key is None or len(base64.b64decode(key, validate=True)) != 16:
+                raise BadRequest("Sec-WebSocket-Key is 16 bytes in base64.")
+        except binascii.Error as error:
+            raise BadRequest("Sec-WebSocket-Key is 16 bytes in base64.") from error
+        return key.decode("ascii")
+
+    def _switch(self, key: str, handshake: Handshake) -> tuple[WebSocketProtocol, bytes]:
+        """101, and the socket to its new protocol; what the client sent behind its head comes back."""
+        subprotocol = handshake.chosen_subprotocol
+        self.transport.write(
+            b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: Upgrade\r\n"
+            b"sec-websocket-accept: %b\r\n%b\r\n"
+            % (
+                accept_key(key).encode("ascii"),
+                b"sec-websocket-protocol: %b\r\n" % subprotocol.encode("latin-1")
+                if subprotocol
+                else b"",
+            )
+        )
+        websocket = WebSocketProtocol(
+            self.transport,
+            self._services.lifecycle,
+            max_message_bytes=self._services.max_message_bytes,
+            on_gone=self._door.leave_detached,
+        )
+        early = bytes(self._early or b"")
+        self._door.detach()
+        self.transport.set_protocol(websocket)
+        return websocket, early
+
+    def _accept_websocket(self, key: str, handshake: Handshake, identity: Identity | None) -> None:
+        websocket, early = self._switch(key, handshake)
+        websocket.begin(self._services.lifecycle.connect(handshake, identity, websocket))
+        if early:
+            websocket.data_received(early)
+
+    def _refuse_websocket(self, key: str, handshake: Handshake | None, error: NotifydError) -> None:
+        code = None
+        if handshake is not None:
+            code = by_close_code(error, handshake, self._services.lifecycle.admission)
+        if handshake is None or code is None:
+            self._refuse_and_close(error, "/ws")
+            return
+        websocket, _ = self._switch(key, handshake)
+        websocket.write(wire.error_message(error).websocket)
+        websocket.close(code, error.message)
+
+    # --- SSE ---
+
+    def _open_stream(self) -> None:
+        self.deadline = _NEVER
+        self._leave()
+        self._early = bytearray()
+        _, _, query = self.url.partition(b"?")
+        self._arrive("sse", query, self._accept_stream, self._refuse_stream)
+
+    def _stream_head(self) -> bytes:
+        guard = self._services.guard
+        request = Request("GET", "/sse", {}, b"", self.headers, b"", "")
+        head = (
+            STREAM_HEAD
+            + b"x-request-id: %b\r\n" % request_id(request.header(b"x-request-id")).encode()
+        )
+        origin = request.header(b"origin")
+        for name, value in guard.cors(origin) if origin is not None else ():
+            head += b"%b: %b\r\n" % (name, value)
+        return head + b"\r\n"
+
+    def _accept_stream(self, handshake: Handshake, identity: Identity | None) -> None:
+        self.transport.write(self._stream_head())
+        lifecycle = self._services.lifecycle
+        stream = StreamProtocol(self.transport, lifecycle, on_gone=self._door.leave_detached)
+        self._door.detach()
+        self.transport.set_protocol(stream)
+        stream.begin(lifecycle.connect(handshake, identity, stream))
+
+    def _refuse_stream(self, handshake: Handshake | None, error: NotifydError) -> None:
+        events = as_stream(error, self._services.spread)
+        if events is None:
+            self._refuse_and_close(error, "/sse")
+            return
+        self.transport.write(self._stream_head() + events)
+        self.transport.close()
+
+
+_ANSWERED: Final = FastCycle(response_complete=True)
+
+
+class _Refused(Exception):
+    """An error, with the handshake that it refuses."""
+
+    def __init__(self, handshake: Handshake, error: NotifydError) -> None:
+        super().__init__(error.message)
+        self.handshake = handshake
+        self.error = error
+
+
+def _head_too_large() -> HeadTooLarge:
+    return HeadTooLarge(
+        f"A request's head is at most {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} headers.",
+        constraint=f"at most {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} headers",
+    )

@@ -1,0 +1,228 @@
+"""`notifyd serve`: uvicorn with our protocols, our sockets, our way to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+from typing import Any, Protocol
+
+import structlog
+import uvicorn
+from sse_starlette.sse import AppStatus
+from starlette.types import ASGIApp
+from uvicorn.server import ServerState
+
+from notifyd.server.door import Door, Doorman
+from notifyd.server.http import TESTED_UVICORN, HttpProtocol, Services
+from notifyd.server.websocket import WebSocketProtocol
+
+BACKLOG = 4096
+
+# A connection is a dozen objects that live for hours. The default threshold would walk through all of
+# them again and again while they come.
+GC_THRESHOLDS = (50_000, 20, 50)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What is served: an application for ASGI, what the sockets' own protocols need, and `drain`,
+    which tells every client and lets them go."""
+
+    app: ASGIApp
+    services: Services
+    drain: Callable[[], Awaitable[None]]
+
+
+class ServeOptions(Protocol):
+    """The section `server` of the settings."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def tls_cert(self) -> str | None: ...
+    @property
+    def tls_key(self) -> str | None: ...
+    @property
+    def shutdown_grace_seconds(self) -> float: ...
+    @property
+    def max_sockets(self) -> int: ...
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server with our listening socket, and a drain before its own shutdown."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        serving: Serving,
+        *,
+        max_sockets: int,
+        grace_seconds: float,
+        announce: Callable[[], None],
+    ) -> None:
+        super().__init__(config)
+        self._serving = serving
+        self._max_sockets = max_sockets
+        self._grace_seconds = grace_seconds
+        self._announce = announce
+        self._log = structlog.get_logger("notifyd.server")
+        self.door: Door | None = None
+
+    def make_protocol(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> asyncio.Protocol:
+        """What uvicorn puts at each accepted socket."""
+        door = self.door
+        if door is None:
+            door = self.door = Door(asyncio.get_running_loop(), max_sockets=self._max_sockets)
+            door.start()
+        make_guest = partial(
+            HttpProtocol, self._serving.services, door, config, server_state, app_state, _loop
+        )
+        return Doorman(door, make_guest)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        self._announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept nobody, drain, then let uvicorn finish what is being answered."""
+        for server in self.servers:
+            server.close()
+        try:
+            await asyncio.wait_for(self._drained(), timeout=self._grace_seconds)
+        except TimeoutError:
+            self._log.warning("clients were still connected at the end of the grace period")
+        if self.door is not None:
+            self.door.stop()
+            self.door.close_silent()
+        await super().shutdown(sockets)
+
+    async def _drained(self) -> None:
+        await self._serving.drain()
+        # Sockets of our own are not among uvicorn's connections: wait for their closes here.
+        while self.door is not None and self.door.detached and not self.force_exit:
+            await asyncio.sleep(0.05)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT stop gracefully, and a graceful stop is no failure: unlike uvicorn, the
+        signal is not raised again afterwards."""
+        handlers = {
+            each: signal.signal(each, self.handle_exit) for each in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for each, handler in handlers.items():
+                signal.signal(each, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal stops gracefully, the second at once."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def serve(
+    serving: Serving, options: ServeOptions, *, idle_timeout: float, announce: Callable[[str], None]
+) -> int:
+    """Serve until a signal; returns the exit code. `announce` gets the URL once the server listens."""
+    log = structlog.get_logger("notifyd.server")
+    # sse-starlette would end ASGI streams at the signal, before our drain could tell them anything.
+    AppStatus.disable_automatic_graceful_drain()
+    try:
+        listener = listen(options.host, options.port, idle_timeout)
+    except OSError as error:
+        log.error(
+            "cannot listen",
+            host=options.host,
+            port=options.port,
+            reason=error.strerror or str(error),
+        )
+        return 1
+    scheme = "https" if options.tls_cert else "http"
+    host, port = listener.getsockname()[:2]
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    server = make_server(serving, options, announce=lambda: announce(url))
+    with listener:
+        server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def make_server(serving: Serving, options: ServeOptions, *, announce: Callable[[], None]) -> Server:
+    """A server that is ready to run on sockets of `listen`; `announce` is called once it does."""
+    common: dict[str, Any] = {
+        "lifespan": "on",
+        "log_config": None,
+        "access_log": False,
+        # One function of ours decides the client's address, for all lanes.
+        "proxy_headers": False,
+        "server_header": False,
+        "backlog": BACKLOG,
+        "timeout_graceful_shutdown": max(1, round(options.shutdown_grace_seconds)),
+        "ssl_certfile": options.tls_cert,
+        "ssl_keyfile": options.tls_key,
+        "loop": "asyncio" if sys.platform == "win32" else "uvloop",
+    }
+    server: Server
+
+    def make_protocol(**arguments: Any) -> asyncio.Protocol:
+        return server.make_protocol(**arguments)
+
+    if uvicorn.__version__.startswith(f"{TESTED_UVICORN}."):
+        config = uvicorn.Config(serving.app, http=make_protocol, ws=WebSocketProtocol, **common)  # type: ignore[arg-type]  # a factory is all that uvicorn needs
+    else:
+        structlog.get_logger("notifyd.server").warning(
+            "this uvicorn is not tested with notifyd's own protocols: serving through ASGI, slower",
+            uvicorn=uvicorn.__version__,
+            tested=TESTED_UVICORN,
+        )
+        config = uvicorn.Config(serving.app, http="httptools", ws="websockets-sansio", **common)
+    server = Server(
+        config,
+        serving,
+        max_sockets=options.max_sockets,
+        grace_seconds=options.shutdown_grace_seconds,
+        announce=announce,
+    )
+    return server
+
+
+def listen(host: str, port: int, idle_timeout: float) -> socket.socket:
+    """A listening socket. Raises OSError.
+
+    What is set on it, its accepted sockets inherit: the kernel gives up a peer that acknowledges
+    nothing for `idle_timeout` seconds (RFC 5482), which is the only way to notice for SSE.
+    """
+    family, _, _, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.create_server(
+        (str(address[0]), int(address[1])),
+        family=family,
+        backlog=BACKLOG,
+        dualstack_ipv6=family == socket.AF_INET6
+        and address[0] == "::"
+        and socket.has_dualstack_ipv6(),
+    )
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(idle_timeout * 1000))
+    return listener

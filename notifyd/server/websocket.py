@@ -1,0 +1,309 @@
+"""A WebSocket on its own socket (RFC 6455): no task, no ASGI, nothing kept while it is silent.
+
+Whole, final, masked frames are read here; everything else (fragments, half frames, closes, what is
+wrong) goes to the `websockets` package's sans-I/O parser, which lives as long as a message or a close
+is in progress.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import TimerHandle
+from collections.abc import Callable
+from typing import cast
+
+from websockets.frames import Opcode
+from websockets.frames import apply_mask as unmask
+from websockets.protocol import State as ParserState
+from websockets.server import ServerProtocol
+
+from notifyd import wire
+from notifyd.connections.connection import Connection
+from notifyd.connections.lifecycle import NOTHING_HEARD, Lifecycle, reason_for
+
+MESSAGE_SECONDS = 10.0
+CLOSE_SECONDS = 5.0
+MESSAGES_PER_TURN = 64
+"""A flood of small messages yields to the other connections after so many."""
+
+_TEXT, _BINARY, _PING, _PONG = 0x81, 0x82, 0x89, 0x8A
+_WHOLE = (_TEXT, _BINARY, _PING, _PONG)
+
+
+class WebSocketProtocol(asyncio.Protocol):
+    """One client's socket after the handshake: the sink of its connection's outbox."""
+
+    __slots__ = (
+        "_closing",
+        "_connection",
+        "_lifecycle",
+        "_max_message_bytes",
+        "_on_gone",
+        "_parser",
+        "_parts",
+        "_rest",
+        "_text",
+        "_timer",
+        "_transport",
+    )
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        lifecycle: Lifecycle,
+        *,
+        max_message_bytes: int,
+        on_gone: Callable[[], None],
+    ) -> None:
+        self._transport = transport
+        self._lifecycle = lifecycle
+        self._max_message_bytes = max_message_bytes
+        self._on_gone = on_gone
+        self._connection: Connection | None = None
+        self._parser: ServerProtocol | None = None
+        self._parts: list[bytes] | None = None
+        self._text = False
+        self._rest = b""
+        self._timer: TimerHandle | None = None
+        self._closing = False
+
+    pings = True
+
+    def begin(self, connection: Connection) -> None:
+        """From here on the socket speaks for this connection."""
+        self._connection = connection
+
+    # --- the sink ---
+
+    def write(self, data: bytes) -> None:
+        """Take whole frames."""
+        self._transport.write(data)
+
+    def close(self, code: int, reason: str) -> None:
+        """Send a Close and wait for the client's, at most five seconds (RFC 6455, section 7.1.2)."""
+        if self._closing or self._transport.is_closing():
+            return
+        self._closing = True
+        parser = self._parser
+        if parser is None:
+            parser = self._parser = self._new_parser()
+        if parser.state is ParserState.OPEN:
+            parser.send_close(code, _bounded(reason))
+        self._rest = b""
+        self._transport.resume_reading()
+        self._drain_parser(parser)
+        self._restart_timer(CLOSE_SECONDS, self._transport.abort)
+
+    # --- the transport ---
+
+    def pause_writing(self) -> None:
+        """The client reads too slowly; while it does, nothing more is taken from it."""
+        if self._connection is not None:
+            self._connection.outbox.pause()
+        if not self._closing:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """The client caught up."""
+        if self._connection is not None:
+            self._connection.outbox.resume()
+        if not self._rest:
+            self._transport.resume_reading()
+
+    def eof_received(self) -> None:
+        """Half-closed is closed."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The socket is gone, whoever ended it."""
+        self._stop_timer()
+        self._parser = None
+        self._rest = b""
+        if self._connection is not None:
+            self._lifecycle.lost(self._connection)
+        self._on_gone()
+
+    def data_received(self, data: bytes) -> None:
+        """Frames, whole or not."""
+        if self._rest:
+            self._rest += data
+            return
+        self._read(data)
+
+    def _read(self, data: bytes) -> None:
+        if self._parser is not None:
+            self._feed(self._parser, data)
+        else:
+            self._read_whole_frames(data)
+        if self._connection is not None:
+            # A reply does not wait behind a broadcast that is being flushed.
+            self._connection.outbox.flush()
+
+    def _read_whole_frames(self, data: bytes) -> None:
+        connection = cast(Connection, self._connection)
+        lifecycle = self._lifecycle
+        position, end = 0, len(data)
+        turns = MESSAGES_PER_TURN
+        while end - position >= 6:
+            opcode, length = data[position], data[position + 1] - 128
+            start = position + 6
+            if length == 126 and end - position >= 8:
+                length = data[position + 2] << 8 | data[position + 3]
+                start = position + 8
+                if length < 126:
+                    break
+            elif not 0 <= length < 126:
+                break
+            stop = start + length
+            if stop > end or opcode not in _WHOLE or length > self._max_message_bytes:
+                break
+            payload = unmask(data[start:stop], data[start - 4 : start])
+            if opcode == _TEXT:
+                try:
+                    text = payload.decode()
+                except UnicodeDecodeError:
+                    break
+                lifecycle.receive(connection, text)
+            elif length > wire.MAX_CONTROL_PAYLOAD and opcode != _BINARY:
+                break
+            elif opcode == _PONG:
+                lifecycle.pong(connection, payload)
+            elif opcode == _PING:
+                lifecycle.heard(connection)
+                connection.outbox.put_ahead(wire.pong_frame(payload))
+            else:
+                lifecycle.unsupported(connection)
+            position = stop
+            turns -= 1
+            if self._closing or not turns:
+                break
+        if position == end:
+            return
+        rest = data[position:] if position else data
+        if self._parser is not None:
+            self._feed(self._parser, rest)
+        elif not turns:
+            self._continue_later(rest)
+        else:
+            self._parser = self._new_parser()
+            self._feed(self._parser, rest)
+
+    def _continue_later(self, rest: bytes) -> None:
+        self._rest = rest
+        self._transport.pause_reading()
+        asyncio.get_running_loop().call_soon(self._continue)
+
+    def _continue(self) -> None:
+        rest, self._rest = self._rest, b""
+        if not rest or self._transport.is_closing():
+            return
+        self._read(rest)
+        paused = self._connection is not None and self._connection.outbox.paused
+        if not self._rest and not paused:
+            self._transport.resume_reading()
+
+    # --- what needs a parser ---
+
+    def _new_parser(self) -> ServerProtocol:
+        return ServerProtocol(state=ParserState.OPEN, max_size=self._max_message_bytes)
+
+    def _feed(self, parser: ServerProtocol, data: bytes) -> None:
+        parser.receive_data(data)
+        for event in parser.events_received():
+            self._handle(self._connection, event)
+        failed = parser.parser_exc is not None
+        if failed and not self._closing:
+            self._fail(parser)
+            return
+        self._drain_parser(parser)
+        if self._closing:
+            return
+        if parser.current_size is None and not parser.reader.buffer:
+            self._parser = None
+            self._parts = None
+            self._stop_timer()
+        elif self._timer is None:
+            self._restart_timer(MESSAGE_SECONDS, self._message_timed_out)
+
+    def _handle(self, connection: Connection | None, event: object) -> None:
+        opcode = event.opcode  # type: ignore[attr-defined]  # a server in state OPEN emits frames only
+        data = bytes(event.data)  # type: ignore[attr-defined]
+        if opcode is Opcode.CLOSE:
+            self._closing = True
+            if connection is not None:
+                self._lifecycle.lost(connection, "client")
+        elif self._closing or connection is None:
+            return
+        elif opcode is Opcode.PONG:
+            self._lifecycle.pong(connection, data)
+        elif opcode is Opcode.PING:
+            self._lifecycle.heard(connection)
+        else:
+            self._lifecycle.heard(connection)
+            self._take_part(connection, opcode, data, final=event.fin)  # type: ignore[attr-defined]
+
+    def _take_part(
+        self, connection: Connection, opcode: Opcode, data: bytes, *, final: bool
+    ) -> None:
+        if opcode is not Opcode.CONT:
+            self._text = opcode is Opcode.TEXT
+            self._parts = []
+        assert self._parts is not None
+        if data:
+            self._parts.append(data)
+        if not final:
+            return
+        message, self._parts = b"".join(self._parts), None
+        if not self._text:
+            self._lifecycle.unsupported(connection)
+            return
+        try:
+            text = message.decode()
+        except UnicodeDecodeError:
+            self._end(1007, "invalid UTF-8")
+            return
+        self._lifecycle.receive(connection, text)
+
+    def _fail(self, parser: ServerProtocol) -> None:
+        """The client broke the protocol: the parser wrote a Close, and the socket ends with it."""
+        self._closing = True
+        code = parser.close_sent.code if parser.close_sent is not None else 1002
+        if self._connection is not None:
+            self._connection.outbox.flush_all()
+            self._lifecycle.lost(self._connection, reason_for(code))
+        self._drain_parser(parser)
+        self._transport.close()
+        self._restart_timer(CLOSE_SECONDS, self._transport.abort)
+
+    def _end(self, code: int, reason: str) -> None:
+        if self._connection is not None:
+            self._lifecycle.close(self._connection, code, reason)
+
+    def _drain_parser(self, parser: ServerProtocol) -> None:
+        for frame in parser.data_to_send():
+            if not frame:
+                # Both have said Close: a server closes the TCP connection (RFC 6455, section 7.1.1).
+                self._transport.close()
+                self._restart_timer(CLOSE_SECONDS, self._transport.abort)
+            elif self._closing or self._connection is None:
+                self._transport.write(frame)
+            else:
+                self._connection.outbox.put_ahead(frame)
+
+    # --- the one timer, for a message or for a close ---
+
+    def _message_timed_out(self) -> None:
+        self._end(NOTHING_HEARD, "a message was not finished in time")
+
+    def _restart_timer(self, seconds: float, callback: Callable[[], None]) -> None:
+        self._stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(seconds, callback)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _bounded(reason: str) -> str:
+    """As much of a reason as a Close can carry (RFC 6455, section 5.5.1)."""
+    return reason.encode()[: wire.MAX_CONTROL_PAYLOAD - 2].decode("utf-8", "ignore")
