@@ -814,7 +814,7 @@ def checked_names(
 
 
 def _target(body: TargetBody) -> Target:
-    type = _TARGET_TYPES.get(body.type) or _choice(body.type, _TARGET_TYPES, "target.type")
+    type = _choice(body.type, _TARGET_TYPES, "target.type")
     value = body.value
     match type:
         case "user":
