@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from notifyd.version import __version__
+
 if TYPE_CHECKING:
     from notifyd.app import Notifyd
     from notifyd.client import AsyncClient, Client
-
-__version__ = "0.1.0"
 
 __all__ = ["AsyncClient", "Client", "Notifyd", "__version__"]
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -146,7 +147,7 @@ class Notifyd(PublishingCalls):
                 max_messages=websocket.outbox_max_messages,
                 total_bytes=websocket.outbox_total_bytes,
             ),
-            on_slow=lambda outbox: self.lifecycle.too_slow(outbox),
+            on_slow=lambda outbox: self.lifecycle.too_slow(outbox),  # noqa: PLW0108  # made later
         )
         self._heartbeat = Heartbeat(
             self._confirmations,
@@ -154,8 +155,10 @@ class Notifyd(PublishingCalls):
             idle_timeout=websocket.idle_timeout,
             leeway=auth.leeway_seconds,
             clock=clock,
-            on_idle=lambda connection: self.lifecycle.idle(connection),
-            on_expired=lambda connection: self.lifecycle.token_expired(connection),
+            on_idle=lambda connection: self.lifecycle.idle(connection),  # noqa: PLW0108  # as above
+            on_expired=lambda connection: self.lifecycle.token_expired(  # noqa: PLW0108  # as above
+                connection
+            ),
             on_late=self.metrics.loop_lag_seconds.observe,
         )
         self.lifecycle = Lifecycle(
@@ -240,7 +243,7 @@ class Notifyd(PublishingCalls):
         )
         api: ASGIApp = Api(self.guard, self.endpoints, client_address=self.proxies.client_address)
         routes: list[BaseRoute] = [
-            WebSocketRoute("/ws", AsgiEndpoint(realtime.websocket)),  # type: ignore[arg-type]  # an ASGI app is taken too
+            WebSocketRoute("/ws", AsgiEndpoint(realtime.websocket)),
             Route("/sse", AsgiEndpoint(realtime.stream), methods=["GET"]),
             Mount("/", app=api),
         ]
@@ -294,19 +297,16 @@ class Notifyd(PublishingCalls):
             self._log.warning("the keys for tokens cannot be had yet", reason=problem)
         if self._logs is not None:
             seconds = self.settings.queue.cleanup_interval_seconds
-            self._tasks.every(seconds, self._expire_logs, "expiring queued notifications")
+            expire_logs = partial(self._expire_logs, self._logs)
+            self._tasks.every(seconds, expire_logs, "expiring queued notifications")
         if self._ledger is not None:
             seconds = self.settings.ack.cleanup_interval_seconds
-            self._tasks.every(seconds, self._expire_acks, "expiring acknowledgements")
+            expire_acks = partial(_expire, self._ledger)
+            self._tasks.every(seconds, expire_acks, "expiring acknowledgements")
         self._phase = "ready"
 
-    async def _expire_logs(self) -> None:
-        assert self._logs is not None
-        self.metrics.queue_expired_total.inc(await settled(self._logs.expire()))
-
-    async def _expire_acks(self) -> None:
-        assert self._ledger is not None
-        await settled(self._ledger.expire())
+    async def _expire_logs(self, logs: UserLogs) -> None:
+        self.metrics.queue_expired_total.inc(await settled(logs.expire()))
 
     async def drain(self) -> None:
         """Tell every client that the server stops and when to come back, and close."""
@@ -338,6 +338,10 @@ class Notifyd(PublishingCalls):
         return call.decode(msgspec.json.encode(answer))
 
 
+async def _expire(ledger: AckLedger) -> None:
+    await settled(ledger.expire())
+
+
 def _identify_by(authenticate: Authenticate) -> Callable[[Request], Eventually[Identity]]:
     async def identified(pending: Awaitable[Identity | None]) -> Identity:
         identity = await pending
@@ -346,8 +350,8 @@ def _identify_by(authenticate: Authenticate) -> Callable[[Request], Eventually[I
         return identity
 
     def identify(request: Request) -> Eventually[Identity]:
-        assert request.scope is not None
-        return identified(authenticate(HTTPConnection(request.scope)))
+        # An embedded server has no lane but ASGI, so there is a scope.
+        return identified(authenticate(HTTPConnection(request.scope or {})))
 
     return identify
 

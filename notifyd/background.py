@@ -34,7 +34,7 @@ class BackgroundTasks:
             await asyncio.sleep(seconds)
             try:
                 await work()
-            except Exception:
+            except Exception:  # noqa: BLE001  # the next turn may do better, and this one is logged
                 self._log.exception("background work failed", work=name)
 
     def _ended(self, task: asyncio.Task[None]) -> None:

@@ -7,7 +7,9 @@ and Postgres answer with an awaitable, and the code between them is written once
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TypeAlias, TypeGuard, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
+
+from typing_extensions import TypeIs
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -15,8 +17,11 @@ U = TypeVar("U")
 Eventually: TypeAlias = T | Awaitable[T]
 
 
-def is_awaitable(value: Eventually[T]) -> TypeGuard[Awaitable[T]]:
-    """Whether `value` must be awaited. Ten times faster than an ABC's isinstance."""
+def is_awaitable(value: Eventually[T]) -> TypeIs[Awaitable[T]]:
+    """Whether `value` must be awaited. Ten times faster than an ABC's isinstance.
+
+    Where a struct's class is not final, mypy still takes it for a possible awaitable afterwards.
+    """
     return hasattr(value, "__await__")
 
 
@@ -28,7 +33,7 @@ def then(value: Eventually[T], continuation: Callable[[T], U]) -> Eventually[U]:
     """
     if is_awaitable(value):
         return _after(value, continuation)
-    return continuation(value)  # type: ignore[arg-type]  # TypeGuard does not narrow the else branch
+    return continuation(value)
 
 
 async def _after(value: Awaitable[T], continuation: Callable[[T], U]) -> U:
@@ -36,10 +41,12 @@ async def _after(value: Awaitable[T], continuation: Callable[[T], U]) -> U:
 
 
 def chain(value: Eventually[Eventually[T]], continuation: Callable[[T], U]) -> Eventually[U]:
-    """`then`, for a value that may itself have to be awaited twice."""
-    if is_awaitable(value):
-        return _after_both(value, continuation)
-    return then(value, continuation)  # type: ignore[arg-type]  # TypeGuard does not narrow the else branch
+    """`then`, for a value that may itself have to be awaited once it is there."""
+    # mypy cannot take an Eventually of an Eventually apart.
+    nested = cast("Eventually[Any]", value)
+    if is_awaitable(nested):
+        return _after_both(nested, continuation)
+    return then(nested, continuation)
 
 
 async def _after_both(value: Awaitable[Eventually[T]], continuation: Callable[[T], U]) -> U:
@@ -50,4 +57,4 @@ async def settled(value: Eventually[T]) -> T:
     """Await `value` if it must be awaited."""
     if is_awaitable(value):
         return await value
-    return value  # type: ignore[return-value]  # TypeGuard does not narrow the else branch
+    return value

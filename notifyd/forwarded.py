@@ -18,8 +18,8 @@ class TrustedProxies:
     def client_address(self, peer: str, headers: Sequence[tuple[bytes, bytes]]) -> str:
         """The client's address: of what X-Forwarded-For lists, the last that is no proxy of ours.
 
-        A peer that is not trusted is the client itself, whatever it claims. Header names are in lower
-        case.
+        A peer that is not trusted is the client itself, whatever it claims. Header names are in
+        lower case.
         """
         if not (self._everybody or self._networks) or not self._trusts(peer):
             return peer

@@ -31,7 +31,9 @@ AudienceType = Literal["All", "Roles", "Users", "Channels"]
 
 
 class Audience(msgspec.Struct, frozen=True, gc=False):
-    """Narrows who receives; `values` are roles, user ids or channels, and never told to recipients."""
+    """Narrows who receives; `values` are roles, user ids or channels, and never told to
+    recipients.
+    """
 
     type: AudienceType = "All"
     values: frozenset[str] = frozenset()

@@ -1,8 +1,8 @@
 """Client and server messages <-> bytes. What many connections get is encoded once.
 
-A server message is a JSON object with a `type`. On WebSocket it is one text frame (RFC 6455, section
-5.6); on SSE (WHATWG, "Server-sent events") the type becomes the event's name and the data is the
-object without it.
+A server message is a JSON object with a `type`. On WebSocket it is one text frame (RFC 6455,
+section 5.6); on SSE (WHATWG, "Server-sent events") the type becomes the event's name and the data
+is the object without it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Message:
         return event
 
 
-# --- server -> client ------------------------------------------------------------------------------
+# --- server -> client ---
 
 
 class _Audience(msgspec.Struct, gc=False):
@@ -156,7 +156,8 @@ def notification_message(notification: Notification, *, replayed: bool = False) 
     # What marks a replay must not push over the limit what was within it when it was accepted.
     if len(body) > MAX_NOTIFICATION_BYTES and not replayed:
         raise ValidationError(
-            f"The notification is {len(body)} bytes when encoded; at most {MAX_NOTIFICATION_BYTES} are taken.",
+            f"The notification is {len(body)} bytes when encoded, "
+            f"over the limit of {MAX_NOTIFICATION_BYTES}.",
             field="payload",
             constraint=f"at most {MAX_NOTIFICATION_BYTES} bytes",
         )
@@ -223,7 +224,7 @@ def sse_retry(milliseconds: int) -> bytes:
     return b"retry: %d\n\n" % milliseconds
 
 
-# --- client -> server ------------------------------------------------------------------------------
+# --- client -> server ---
 
 
 class InvalidMessage(NotifydError):
@@ -284,7 +285,7 @@ class Auth(msgspec.Struct, frozen=True, tag=True):
 
 ClientMessage = Subscribe | Unsubscribe | Ping | Ack | Auth
 
-_decode_client_message = msgspec.json.Decoder(ClientMessage).decode
+_client_messages: msgspec.json.Decoder[ClientMessage] = msgspec.json.Decoder(ClientMessage)
 _KNOWN_TYPES = ("Subscribe", "Unsubscribe", "Ping", "Ack", "Auth")
 
 
@@ -294,7 +295,7 @@ def decode_client_message(text: str | bytes) -> ClientMessage:
     Raises InvalidMessage with the reason.
     """
     try:
-        return _decode_client_message(text)
+        return _client_messages.decode(text)
     except msgspec.ValidationError as error:
         raise InvalidMessage(
             f"{error}. Known types: {', '.join(_KNOWN_TYPES)}."
@@ -307,7 +308,7 @@ def decode_client_message(text: str | bytes) -> ClientMessage:
         raise InvalidMessage("The message is nested too deeply.") from error
 
 
-# --- payloads --------------------------------------------------------------------------------------
+# --- payloads ---
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")

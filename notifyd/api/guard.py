@@ -248,7 +248,7 @@ class Guard:
                 return self._attempt_later(request, result, status)
         except Exception as error:  # noqa: BLE001  # becomes an answer, and is logged where it is our fault
             return self.refusal(request, error)
-        return _whole(result, status)  # type: ignore[arg-type]  # not awaitable
+        return _whole(result, status)
 
     async def _attempt_later(
         self, request: Request, pending: Awaitable[msgspec.Struct | None], status: int
@@ -438,7 +438,7 @@ class Endpoint:
             result = self._guard.refusal(request, error)
         except Exception as error:  # noqa: BLE001  # the one place that turns a fault into a 500, and logs it
             result = self._guard.refusal(request, error)
-        return self._conclude(request, started, origin, result)  # type: ignore[arg-type]  # not awaitable
+        return self._conclude(request, started, origin, result)
 
     def in_process(self, request: Request) -> Eventually[bytes]:
         """The body of the answer to the embedding application, which needs no key.
@@ -480,13 +480,13 @@ class Endpoint:
         identity = self._guard.identify(request)
         if is_awaitable(identity):
             return self._as_user_later(request, identity)
-        return self._identified(request, identity)  # type: ignore[arg-type]  # not awaitable
+        return self._identified(request, identity)
 
     async def _as_user_later(
         self, request: Request, pending: Awaitable[Identity]
     ) -> msgspec.Struct | None:
         result = self._identified(request, await pending)
-        return await result if is_awaitable(result) else result  # type: ignore[return-value]  # not awaitable
+        return await result if is_awaitable(result) else result
 
     def _identified(
         self, request: Request, identity: Identity

@@ -7,12 +7,12 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from notifyd import __version__
 from notifyd.api.guard import Answer, Description, Endpoint, Guard, Request
 from notifyd.api.stats import NO_STORE, ConnectionFigures, QueueFigures, Stats, StoreFigures
 from notifyd.errors import ShuttingDown, Unavailable
 from notifyd.eventually import Eventually, then
 from notifyd.metrics import Metrics
+from notifyd.version import __version__
 
 Phase: TypeAlias = Literal["starting", "ready", "draining"]
 

@@ -422,7 +422,7 @@ class Publishing:
         built = self._build(request.tenant, content)
         if content.template_id is not None and is_awaitable(built):
             return self._send_later(request, content, target, built)
-        return self._sent(request, content, target, built)  # type: ignore[arg-type]  # not awaitable
+        return self._sent(request, content, target, built)  # type: ignore[arg-type]  # see eventually.py
 
     async def _send_later(
         self, request: Request, content: Content, target: Target, built: Awaitable[Notification]
@@ -441,7 +441,7 @@ class Publishing:
         )
         if is_awaitable(receipt):
             return self._answer_later(target, notification, receipt)
-        return self._answer(target, notification, receipt)  # type: ignore[arg-type]  # not awaitable
+        return self._answer(target, notification, receipt)
 
     async def _answer_later(
         self, target: Target, notification: Notification, pending: Awaitable[Receipt]
@@ -553,7 +553,7 @@ class Publishing:
             result = self._item(batch, index, item)
             if is_awaitable(result):
                 return self._until_error_later(batch, items, results, result)
-            results.append(result)  # type: ignore[arg-type]  # not awaitable
+            results.append(result)
             if results[-1].stops:
                 break
         return self._summary(results + _not_reached(len(results), len(items)))
@@ -581,19 +581,19 @@ class Publishing:
                 return self._item_awaited(batch, index, self._item_later(item, built))
             if batch.deduplicate or body.idempotency_key is not None or body.id is not None:
                 item = _Item(batch, index, raw, body, target)
-                result = self._item_built(item, built)  # type: ignore[arg-type]  # not awaitable
+                result = self._item_built(item, built)  # type: ignore[arg-type]  # see eventually.py
                 return self._item_awaited(batch, index, result) if is_awaitable(result) else result
             receipt = self._dispatch(
                 batch.request.tenant,
                 target,
-                built,  # type: ignore[arg-type]  # not awaitable
+                built,  # type: ignore[arg-type]  # see eventually.py
                 exclude_connection=body.exclude_connection,
                 source=batch.request.source,
             )
             if is_awaitable(receipt):
                 pending = _item_result_later(index, receipt)
                 return self._item_awaited(batch, index, pending)
-            return _item_result(index, receipt)  # type: ignore[arg-type]  # not awaitable
+            return _item_result(index, receipt)
         except Exception as error:  # noqa: BLE001  # the item's own result, and logged where it is our fault
             return self._bad_item(batch, index, error)
 

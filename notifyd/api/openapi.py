@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from notifyd import __version__
 from notifyd.api.guard import Access, Answer, Description, Endpoint, ErrorAnswer, Guard
+from notifyd.version import __version__
 
 _SECURITY: dict[Access, list[dict[str, list[str]]]] = {
     "read": [{"apiKey": []}, {"apiKeyAsBearer": []}],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from sse_starlette.sse import EventSourceResponse
 from starlette.requests import HTTPConnection
@@ -29,7 +29,7 @@ from notifyd.identifiers import request_id
 from notifyd.identity import Identity
 
 CLOSE_SECONDS = 5.0
-TOKEN_STATE = "notifyd.query"
+TOKEN_STATE = "notifyd.query"  # noqa: S105  # a key of the scope
 """Where the outermost middleware keeps the query string whose token it took out."""
 
 Authenticate = Callable[[HTTPConnection], Awaitable[Identity | None]]
@@ -40,7 +40,7 @@ _STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 class AsgiSink:
     """Takes one batch at a time from the outbox, and hands it to a writer that may be slow."""
 
-    pings = False
+    pings: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.connection: Any = None

@@ -158,7 +158,7 @@ class Stats:
         queue, acks = self.queue(), self.acks(request)
         if is_awaitable(queue) or is_awaitable(acks):
             return self._all_later(request, queue, acks)
-        return self._figures(request, queue, acks)  # type: ignore[arg-type]  # neither is awaitable
+        return self._figures(request, queue, acks)
 
     async def _all_later(
         self, request: Request, queue: Eventually[QueueFigures], acks: Eventually[AckFigures]

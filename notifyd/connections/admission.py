@@ -28,8 +28,18 @@ class Handshake:
     BadRequest where the query is not UTF-8 or a parameter makes no sense.
     """
 
-    __slots__ = ("acks", "address", "channels", "cookie", "origin", "same_origin", "subprotocols", "token",
-                 "transport", "user_agent")  # fmt: skip
+    __slots__ = (
+        "acks",
+        "address",
+        "channels",
+        "cookie",
+        "origin",
+        "same_origin",
+        "subprotocols",
+        "token",
+        "transport",
+        "user_agent",
+    )
 
     def __init__(
         self,
@@ -76,8 +86,9 @@ class Handshake:
 
     def _read_query(self, query: bytes) -> None:
         try:
-            parameters = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict",
-                                   max_num_fields=32)  # fmt: skip
+            parameters = parse_qsl(
+                query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=32
+            )
         except ValueError as error:
             raise BadRequest(
                 "The query string is not UTF-8, or has more than 32 parameters."
@@ -120,8 +131,8 @@ class Admission:
     def identify(self, handshake: Handshake) -> Eventually[Identity | None]:
         """The user, or None for a WebSocket that is to authenticate with its first message.
 
-        Raises Forbidden for a foreign origin, Unauthorized or TokenExpired for a token that does not
-        hold, Unavailable where the keys to check it cannot be had.
+        Raises Forbidden for a foreign origin, Unauthorized or TokenExpired for a token that does
+        not hold, Unavailable where the keys to check it cannot be had.
         """
         if not self._origins.allows(handshake.origin):
             raise Forbidden(

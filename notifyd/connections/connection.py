@@ -54,10 +54,10 @@ class Held:
 class Connection:
     """A WebSocket or an SSE stream of one user.
 
-    `address` and `user_agent` are the client's, as far as known; `opened_at` and `last_heard` in Unix
-    seconds. `acks`: the client acknowledges by itself, so that a sign of life confirms nothing.
-    `unconfirmed` maps notification ids to what is held, in order of delivery; `asked` is the counter
-    of the Ping that is out and the ids that its Pong will confirm.
+    `address` and `user_agent` are the client's, as far as known; `opened_at` and `last_heard` in
+    Unix seconds. `acks`: the client acknowledges by itself, so that a sign of life confirms
+    nothing. `unconfirmed` maps notification ids to what is held, in order of delivery; `asked` is
+    the counter of the Ping that is out and the ids that its Pong will confirm.
     """
 
     __slots__ = (

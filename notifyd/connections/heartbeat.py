@@ -21,7 +21,8 @@ _WEBSOCKET_HEARTBEAT = wire.HEARTBEAT.websocket + wire.ping_frame()
 class Heartbeat:
     """Beats for every connection it was given, until told to forget it.
 
-    `on_idle` and `on_expired` close a connection; `on_late(seconds)` is told how late each tick came.
+    `on_idle` and `on_expired` close a connection; `on_late(seconds)` is told how late each tick
+    came.
     """
 
     _loop: AbstractEventLoop

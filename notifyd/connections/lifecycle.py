@@ -1,7 +1,7 @@
 """A connection's way from its handshake to its end, and what its client says on the way.
 
-Both transports and both servers (our sockets, ASGI) drive the same methods; what differs is the sink
-behind the outbox.
+Both transports and both servers (our sockets, ASGI) drive the same methods; what differs is the
+sink behind the outbox.
 """
 
 from __future__ import annotations
@@ -223,7 +223,8 @@ class Lifecycle:
         self._make_room(identity)
         connection.identity = identity
         connection.state = State.OPEN
-        # Presence first, then the queue is read: what is published from here on waits behind the replay.
+        # Presence first, then the queue is read: what is published from here on waits behind the
+        # replay.
         self.registry.add(connection)
         self._heartbeat.add(connection)
         self._metrics.connections_opened_total.labels(connection.transport).inc()
@@ -290,10 +291,10 @@ class Lifecycle:
                 self.close(connection, _auth_close_code(error), error.message, error)
             else:
                 self._refuse(connection, error)
-        except Exception:
+        except Exception:  # noqa: BLE001  # a fault of ours costs one connection, and is logged
             self._log.exception("a client message failed", connection_id=connection.id)
-            error = Internal("The server failed.")
-            self.close(connection, INTERNAL_ERROR, error.message, error)
+            fault = Internal("The server failed.")
+            self.close(connection, INTERNAL_ERROR, fault.message, fault)
 
     def _refuse(self, connection: Connection, error: NotifydError) -> None:
         connection.reply(wire.error_message(error))
@@ -330,7 +331,7 @@ class Lifecycle:
             self._verifying[connection] = []
             self._spawn(self._verify_later(connection, identity, use))
         else:
-            use(connection, identity)  # type: ignore[arg-type]  # see eventually.py
+            use(connection, identity)
 
     async def _verify_later(
         self,
@@ -351,8 +352,8 @@ class Lifecycle:
         try:
             if error is not None:
                 raise error
-            assert identity is not None
-            use(connection, identity)
+            if identity is not None:
+                use(connection, identity)
         except NotifydError as refused:
             self.close(connection, _auth_close_code(refused), refused.message, refused)
         for data in waiting:
@@ -496,15 +497,16 @@ class Lifecycle:
 
     def _acknowledge(self, connection: Connection, payload: wire.AckPayload) -> None:
         single = payload.notification_ids is None
-        asked = [payload.notification_id] if single else payload.notification_ids
-        if asked is None or asked == [None] or not asked:
+        asked = payload.notification_ids
+        if asked is None and payload.notification_id is not None:
+            asked = [payload.notification_id]
+        if not asked:
             raise InvalidAck("An Ack names a notification_id, or up to 100 notification_ids.")
         if len(asked) > MAX_ACK_IDS:
             raise InvalidAck(f"An Ack names at most {MAX_ACK_IDS} notifications.")
         ids: list[str] = []
         malformed: list[str] = []
         for id in asked:
-            assert id is not None
             try:
                 ids.append(canonical_uuid(id))
             except ValidationError:
@@ -517,7 +519,7 @@ class Lifecycle:
         if is_awaitable(answer):
             self._spawn(self._answer_ack_later(connection, answer, malformed, single))
         else:
-            self._answer_ack(connection, answer, malformed, single)  # type: ignore[arg-type]
+            self._answer_ack(connection, answer, malformed, single)
 
     async def _answer_ack_later(
         self,
@@ -576,8 +578,8 @@ class Lifecycle:
                 outbox.put_ahead(wire.sse_retry(RETRY_OF_A_DAY_MS))
             if error is not None:
                 connection.reply(wire.error_message(error))
-            if connection.state is State.CLOSED:
-                # Its last words were too much for its outbox, which closed it as too slow.
+            # Its last words may be too much for its outbox, which then closed it as too slow.
+            if outbox.closed:
                 return
             outbox.flush_all()
         self._end(connection, reason_for(code))

@@ -28,7 +28,8 @@ CHECK_EVERY = 16
 class Sink(Protocol):
     """Where an outbox writes: a socket of ours, or an ASGI server's connection.
 
-    `pings`: Pings go out and Pongs come in (RFC 6455, section 5.5), so that silence means something.
+    `pings`: Pings go out and Pongs come in (RFC 6455, section 5.5), so that silence means
+    something.
     """
 
     pings: ClassVar[bool]
@@ -242,7 +243,9 @@ class Outbox:
         self._tell_drained()
 
     async def drained(self) -> None:
-        """Wait until what may be written has been, or the connection is closed. One waiter at a time."""
+        """Wait until what may be written has been, or the connection is closed. One waiter at a
+        time.
+        """
         if self.closed or not (
             self.paused or self._ahead or (self._ahead is None and self._frames)
         ):

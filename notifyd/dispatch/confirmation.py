@@ -1,10 +1,11 @@
-"""What was delivered to a user and is not confirmed yet: held here, settled, or handed to his queue.
+"""What was delivered to a user and is not confirmed yet: held here, settled, or handed to his
+queue.
 
-A notification to a user is held from delivery to confirmation, by every connection that took it. One
-confirmation by any of them settles it for the user. When the last connection that holds it ends
+A notification to a user is held from delivery to confirmation, by every connection that took it.
+One confirmation by any of them settles it for the user. When the last connection that holds it ends
 without one, it goes back to the user's log. Confirmed is what the client acked; where it does not
-ack, what a Pong answered that was asked for after it (WebSocket), or what the connection outlived by
-`idle_timeout` (SSE).
+ack, what a Pong answered that was asked for after it (WebSocket), or what the connection outlived
+by `idle_timeout` (SSE).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from notifyd.queue.base import AckLedger, UserLogs
 from notifyd.wire import ping_frame
 
 ASK_AT = 64
-"""So many unconfirmed notifications on one connection are asked about at once, not at the next tick."""
+"""So many unconfirmed notifications on one connection are asked about at once, not at the next
+tick.
+"""
 
 
 class AckAnswer(msgspec.Struct, frozen=True, gc=False):
@@ -36,8 +39,8 @@ class AckAnswer(msgspec.Struct, frozen=True, gc=False):
 class Confirmations:
     """Holds, settles and hands back. `logs` or `ledger` is None where it is switched off.
 
-    `on_returned(tenant, user_id)` is told when something went back to the log of a user who is still
-    connected elsewhere.
+    `on_returned(tenant, user_id)` is told when something went back to the log of a user who is
+    still connected elsewhere.
     """
 
     def __init__(
@@ -158,7 +161,9 @@ class Confirmations:
     # --- confirming ---
 
     def acknowledge(self, tenant: str, user_id: str, ids: Sequence[str]) -> Eventually[AckAnswer]:
-        """The user's own acks. Answered after the store settled them; a second ack is acked again."""
+        """The user's own acks. Answered after the store settled them; a second ack is acked
+        again.
+        """
         held = {id: self._settle_here(tenant, user_id, id) for id in ids}
         in_log = [id for id, found in held.items() if found is None or found.stored]
         settled: Eventually[frozenset[str]] = (
@@ -225,7 +230,9 @@ class Confirmations:
                 self._to_ask[connection] = None
 
     def ask(self, connection: Connection) -> None:
-        """Write a Ping whose Pong confirms all that was written before it (RFC 6455, section 5.5.3)."""
+        """Write a Ping whose Pong confirms all that was written before it (RFC 6455, section
+        5.5.3).
+        """
         if connection.unconfirmed is None or connection.acks or connection.state is not State.OPEN:
             return
         if connection.outbox.holds_back:

@@ -1,4 +1,5 @@
-"""The way of a notification: resolve the target, offer it, hold it, queue it, and say what became of it.
+"""The way of a notification: resolve the target, offer it, hold it, queue it, and say what became
+of it.
 
 Everything up to the store happens in one turn of the event loop, so that what one caller sends one
 after the other reaches every connection in that order. Every recipient gets one outcome.
@@ -13,7 +14,7 @@ from notifyd.connections.connection import Connection
 from notifyd.connections.registry import Registry, TenantConnections
 from notifyd.dispatch.confirmation import Confirmations
 from notifyd.dispatch.targets import admitted, count_per_channel, may_await, resolve
-from notifyd.eventually import Eventually, is_awaitable, then
+from notifyd.eventually import Eventually, then
 from notifyd.metrics import Metrics
 from notifyd.notification import (
     MAX_NOTIFICATION_BYTES,
@@ -33,7 +34,9 @@ _SURELY_SMALL = MAX_NOTIFICATION_BYTES - 8192
 
 
 class Dispatcher:
-    """Sends notifications to whom they are for. `logs` or `ledger` is None where it is switched off."""
+    """Sends notifications to whom they are for. `logs` or `ledger` is None where it is switched
+    off.
+    """
 
     def __init__(
         self,
@@ -168,7 +171,7 @@ class Dispatcher:
             return Receipt(notification.id, Outcome.FILTERED)
         if self._logs is None or not notification.storable:
             return Receipt(notification.id, Outcome.NOBODY)
-        stored = self._enqueue(tenant_name, (user_id,), notification)
+        stored = self._enqueue(self._logs, tenant_name, (user_id,), notification)
         return then(stored, lambda rejections: _queued_receipt(notification.id, rejections[0]))
 
     def _deliver(
@@ -236,17 +239,13 @@ class Dispatcher:
                 )
             return _combined(notification.id, results)
 
-        return then(self._enqueue(tenant_name, away, notification), with_queued)
+        return then(self._enqueue(self._logs, tenant_name, away, notification), with_queued)
 
     def _enqueue(
-        self, tenant_name: str, user_ids: Sequence[str], notification: Notification
+        self, logs: UserLogs, tenant_name: str, user_ids: Sequence[str], notification: Notification
     ) -> Eventually[Sequence[Rejection | None]]:
-        assert self._logs is not None
-        stored = self._logs.enqueue(tenant_name, user_ids, notification)
-        if not is_awaitable(stored):
-            return self._enqueued(tenant_name, user_ids, notification, stored)
         return then(
-            stored,
+            logs.enqueue(tenant_name, user_ids, notification),
             lambda rejections: self._enqueued(tenant_name, user_ids, notification, rejections),
         )
 

@@ -120,7 +120,9 @@ class AckLedger(Protocol):
         *,
         queued: bool = False,
     ) -> Eventually[None]:
-        """Expect a confirmation from each recipient from now on; queued ones once they were sent it."""
+        """Expect a confirmation from each recipient from now on; queued ones once they were sent
+        it.
+        """
 
     def expect_anyone(self, tenant: str, notification_id: str) -> Eventually[None]:
         """One bounded entry for a notification that nobody in particular must ack."""
@@ -137,7 +139,9 @@ class AckLedger(Protocol):
         """Who has confirmed; None once the ledger let go of the notification."""
 
     def expire(self) -> Eventually[int]:
-        """Count what was not confirmed in time, and let go of what is old; returns how many expired."""
+        """Count what was not confirmed in time, and let go of what is old; returns how many
+        expired.
+        """
 
     def stats(self) -> Eventually[AckStats]:
         """Figures over all tenants."""

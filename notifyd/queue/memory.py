@@ -163,7 +163,9 @@ class MemoryUserLogs:
         return len(log.entries)
 
     async def expire(self) -> int:
-        """See `UserLogs.expire`. Yields to the event loop on the way; cancelled, it has done a part."""
+        """See `UserLogs.expire`. Yields to the event loop on the way; cancelled, it has done a
+        part.
+        """
         now = self._clock()
         expired = 0
         for visited, ((tenant, user_id), log) in enumerate(list(self._logs.items())):
@@ -337,7 +339,9 @@ class MemoryAckLedger:
         return AckReport(notification_id, record.sent_at, recipients, record.acks)
 
     async def expire(self) -> int:
-        """See `AckLedger.expire`. Yields to the event loop on the way; cancelled, it has done a part."""
+        """See `AckLedger.expire`. Yields to the event loop on the way; cancelled, it has done a
+        part.
+        """
         now = self._clock()
         total = 0
         while self._sent and self._sent[0][0] + self._timeout_seconds <= now:

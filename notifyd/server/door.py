@@ -7,7 +7,7 @@ HTTP parser. All deadlines before a connection is established are swept by one t
 from __future__ import annotations
 
 import asyncio
-from asyncio import TimerHandle
+from asyncio import Future, TimerHandle
 from collections.abc import Callable
 from typing import Protocol, cast
 
@@ -24,7 +24,9 @@ _FULL = (
 
 
 class Waiting(Protocol):
-    """A socket with a deadline, in the event loop's seconds; infinite while the server itself works."""
+    """A socket with a deadline, in the event loop's seconds; infinite while the server itself
+    works.
+    """
 
     deadline: float
 
@@ -40,6 +42,7 @@ class Door:
         self.max_sockets = max_sockets
         self.sockets = 0
         self.detached = 0
+        self._emptied: Future[None] | None = None
         self.waiting: dict[Waiting, None] = {}
         self._timer: TimerHandle | None = None
         self._log = structlog.get_logger("notifyd.server")
@@ -80,6 +83,14 @@ class Door:
         """Such a socket is gone."""
         self.detached -= 1
         self.sockets -= 1
+        if not self.detached and self._emptied is not None and not self._emptied.done():
+            self._emptied.set_result(None)
+
+    async def wait_until_none_detached(self) -> None:
+        """Wait for the end of the sockets that have a protocol of their own."""
+        if self.detached:
+            self._emptied = self.loop.create_future()
+            await self._emptied
 
     def _sweep(self) -> None:
         self._timer = self.loop.call_later(SWEEP_SECONDS, self._sweep)

@@ -45,14 +45,28 @@ TESTED_UVICORN = "0.54"
 
 UVICORN_ATTRIBUTES: Final = {
     "HttpToolsProtocol": (
-        "_should_upgrade", "_start_asgi_task", "_unset_keepalive_if_required", "app_state", "client", "connections", "cycle",
-        "expect_100_continue", "flow", "headers", "loop", "parser", "pipeline", "scope", "server_state",
-        "transport", "url",
+        "_should_upgrade",
+        "_start_asgi_task",
+        "_unset_keepalive_if_required",
+        "app_state",
+        "client",
+        "connections",
+        "cycle",
+        "expect_100_continue",
+        "flow",
+        "headers",
+        "loop",
+        "parser",
+        "pipeline",
+        "scope",
+        "server_state",
+        "transport",
+        "url",
     ),
     "RequestResponseCycle": ("disconnected", "keep_alive", "message_event", "response_complete"),
     "FlowControl": ("pause_reading", "resume_reading", "resume_writing", "write_paused"),
     "ServerState": ("connections", "default_headers", "tasks", "total_requests"),
-}  # fmt: skip
+}
 
 MAX_HEAD_BYTES = 16384
 MAX_HEADERS = 100
@@ -145,7 +159,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     # --- the transport ---
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The doorman hands the socket over with its first bytes."""
         super().connection_made(transport)  # type: ignore[arg-type]
         self.deadline = self.loop.time() + HEAD_SECONDS
@@ -158,7 +172,9 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser; count what belongs to a head, which uvicorn would let grow without end."""
+        """Feed the parser; count what belongs to a head, which uvicorn would let grow without
+        end.
+        """
         if self._early is not None:
             # A client speaks before its handshake is answered: kept for its WebSocket.
             self._early += data
@@ -247,7 +263,9 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _check_length(self) -> None:
-        """Two ways to say where a body ends are a way to smuggle a request (RFC 9112, section 6.3)."""
+        """Two ways to say where a body ends are a way to smuggle a request (RFC 9112, section
+        6.3).
+        """
         names = [
             name for name, _ in self.headers if name in (b"content-length", b"transfer-encoding")
         ]
@@ -273,13 +291,15 @@ class HttpProtocol(HttpToolsProtocol):
                 if length >= 0 or not value.isdigit():
                     return False
                 length = int(value)
-            elif name == b"transfer-encoding" or name == b"expect":
+            elif name in (b"transfer-encoding", b"expect"):
                 return False
         self._length = length
         return 0 <= length <= endpoint.max_body
 
     def _busy(self) -> bool:
-        """Whether a request before this one is still being answered, or its client does not read."""
+        """Whether a request before this one is still being answered, or its client does not
+        read.
+        """
         cycle = self.cycle
         return (
             (cycle is not None and not cycle.response_complete)
@@ -343,7 +363,7 @@ class HttpProtocol(HttpToolsProtocol):
             task.add_done_callback(self.server_state.tasks.discard)
             return
         self.cycle = _ANSWERED  # type: ignore[assignment]  # as above
-        self.transport.write(self._render(answer))  # type: ignore[arg-type]  # see eventually.py
+        self.transport.write(self._render(answer))
         self.on_response_complete()
 
     async def _answer_later(self, cycle: FastCycle, pending: Awaitable[Answer]) -> None:
@@ -428,7 +448,7 @@ class HttpProtocol(HttpToolsProtocol):
             raise _Refused(handshake, error) from error
         if is_awaitable(identity):
             return self._handshake_later(handshake, identity)
-        return handshake, identity  # type: ignore[return-value]  # see eventually.py
+        return handshake, identity
 
     async def _handshake_later(
         self, handshake: Handshake, pending: Awaitable[Identity | None]
@@ -457,7 +477,7 @@ class HttpProtocol(HttpToolsProtocol):
                 self.server_state.tasks.add(task)
                 task.add_done_callback(self.server_state.tasks.discard)
             else:
-                accept(*arrived)  # type: ignore[misc]  # see eventually.py
+                accept(*arrived)
 
     async def _arrive_later(
         self,
@@ -529,7 +549,9 @@ class HttpProtocol(HttpToolsProtocol):
         return key.decode("ascii")
 
     def _switch(self, key: str, handshake: Handshake) -> tuple[WebSocketProtocol, bytes]:
-        """101, and the socket to its new protocol; what the client sent behind its head comes back."""
+        """101, and the socket to its new protocol; what the client sent behind its head comes
+        back.
+        """
         subprotocol = handshake.chosen_subprotocol
         self.transport.write(
             b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: Upgrade\r\n"

@@ -26,8 +26,8 @@ from notifyd.server.websocket import WebSocketProtocol
 
 BACKLOG = 4096
 
-# A connection is a dozen objects that live for hours. The default threshold would walk through all of
-# them again and again while they come.
+# A connection is a dozen objects that live for hours. The default threshold would walk through all
+# of them again and again while they come.
 GC_THRESHOLDS = (50_000, 20, 50)
 
 
@@ -77,6 +77,7 @@ class Server(uvicorn.Server):
         self._announce = announce
         self._log = structlog.get_logger("notifyd.server")
         self.door: Door | None = None
+        self._draining: asyncio.Future[None] | None = None
 
     def make_protocol(
         self,
@@ -98,18 +99,19 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
         await super().startup(sockets)
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
         self._announce()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept nobody, drain, then let uvicorn finish what is being answered."""
         for server in self.servers:
             server.close()
-        try:
-            await asyncio.wait_for(self._drained(), timeout=self._grace_seconds)
-        except TimeoutError:
+        self._draining = asyncio.ensure_future(self._drained())
+        done, _ = await asyncio.wait({self._draining}, timeout=self._grace_seconds)
+        for drained in done:
+            if not drained.cancelled() and (error := drained.exception()) is not None:
+                self._log.error("draining failed", exc_info=error)
+        if not done:
+            self._draining.cancel()
             self._log.warning("clients were still connected at the end of the grace period")
         if self.door is not None:
             self.door.stop()
@@ -119,13 +121,13 @@ class Server(uvicorn.Server):
     async def _drained(self) -> None:
         await self._serving.drain()
         # Sockets of our own are not among uvicorn's connections: wait for their closes here.
-        while self.door is not None and self.door.detached and not self.force_exit:
-            await asyncio.sleep(0.05)
+        if self.door is not None:
+            await self.door.wait_until_none_detached()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT stop gracefully, and a graceful stop is no failure: unlike uvicorn, the
-        signal is not raised again afterwards."""
+        """SIGTERM and SIGINT stop gracefully, and a graceful stop is no failure: unlike uvicorn,
+        the signal is not raised again afterwards."""
         handlers = {
             each: signal.signal(each, self.handle_exit) for each in (signal.SIGINT, signal.SIGTERM)
         }
@@ -139,15 +141,19 @@ class Server(uvicorn.Server):
         """The first signal stops gracefully, the second at once."""
         self.force_exit = self.should_exit
         self.should_exit = True
+        if self.force_exit and self._draining is not None:
+            self._draining.get_loop().call_soon_threadsafe(self._draining.cancel)
 
 
 def serve(
     serving: Serving, options: ServeOptions, *, idle_timeout: float, announce: Callable[[str], None]
 ) -> int:
-    """Serve until a signal; returns the exit code. `announce` gets the URL once the server listens."""
+    """Serve until a signal; returns the exit code. `announce` gets the URL once the server
+    listens.
+    """
     log = structlog.get_logger("notifyd.server")
     # sse-starlette would end ASGI streams at the signal, before our drain could tell them anything.
-    AppStatus.disable_automatic_graceful_drain()
+    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # theirs
     try:
         listener = listen(options.host, options.port, idle_timeout)
     except OSError as error:
@@ -161,7 +167,14 @@ def serve(
     scheme = "https" if options.tls_cert else "http"
     host, port = listener.getsockname()[:2]
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-    server = make_server(serving, options, announce=lambda: announce(url))
+
+    def started() -> None:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        announce(url)
+
+    server = make_server(serving, options, announce=started)
     with listener:
         server.run(sockets=[listener])
     return 0 if server.started else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from asyncio import TimerHandle
 from collections.abc import Callable
+from typing import ClassVar
 
 from notifyd.connections.connection import Connection
 from notifyd.connections.lifecycle import Lifecycle
@@ -26,7 +27,7 @@ class StreamProtocol(asyncio.Protocol):
         self._connection: Connection | None = None
         self._timer: TimerHandle | None = None
 
-    pings = False
+    pings: ClassVar[bool] = False
 
     def begin(self, connection: Connection) -> None:
         """From here on the socket speaks for this connection."""

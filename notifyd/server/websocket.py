@@ -1,8 +1,8 @@
 """A WebSocket on its own socket (RFC 6455): no task, no ASGI, nothing kept while it is silent.
 
 Whole, final, masked frames are read here; everything else (fragments, half frames, closes, what is
-wrong) goes to the `websockets` package's sans-I/O parser, which lives as long as a message or a close
-is in progress.
+wrong) goes to the `websockets` package's sans-I/O parser, which lives as long as a message or a
+close is in progress.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ from __future__ import annotations
 import asyncio
 from asyncio import TimerHandle
 from collections.abc import Callable
-from typing import cast
+from typing import ClassVar, cast
 
 from websockets.frames import Opcode
-from websockets.frames import apply_mask as unmask
 from websockets.protocol import State as ParserState
 from websockets.server import ServerProtocol
 
 from notifyd import wire
 from notifyd.connections.connection import Connection
 from notifyd.connections.lifecycle import NOTHING_HEARD, Lifecycle, reason_for
+
+try:
+    from websockets.speedups import apply_mask as unmask
+except ImportError:  # pragma: no cover  # a platform that websockets has no wheel for
+    from websockets.utils import apply_mask as unmask
 
 MESSAGE_SECONDS = 10.0
 CLOSE_SECONDS = 5.0
@@ -67,7 +71,7 @@ class WebSocketProtocol(asyncio.Protocol):
         self._timer: TimerHandle | None = None
         self._closing = False
 
-    pings = True
+    pings: ClassVar[bool] = True
 
     def begin(self, connection: Connection) -> None:
         """From here on the socket speaks for this connection."""
@@ -80,7 +84,9 @@ class WebSocketProtocol(asyncio.Protocol):
         self._transport.write(data)
 
     def close(self, code: int, reason: str) -> None:
-        """Send a Close and wait for the client's, at most five seconds (RFC 6455, section 7.1.2)."""
+        """Send a Close and wait for the client's, at most five seconds (RFC 6455, section
+        7.1.2).
+        """
         if self._closing or self._transport.is_closing():
             return
         self._closing = True
@@ -247,12 +253,13 @@ class WebSocketProtocol(asyncio.Protocol):
         if opcode is not Opcode.CONT:
             self._text = opcode is Opcode.TEXT
             self._parts = []
-        assert self._parts is not None
+        parts = self._parts if self._parts is not None else []
         if data:
-            self._parts.append(data)
+            parts.append(data)
         if not final:
+            self._parts = parts
             return
-        message, self._parts = b"".join(self._parts), None
+        message, self._parts = b"".join(parts), None
         if not self._text:
             self._lifecycle.unsupported(connection)
             return
@@ -281,7 +288,8 @@ class WebSocketProtocol(asyncio.Protocol):
     def _drain_parser(self, parser: ServerProtocol) -> None:
         for frame in parser.data_to_send():
             if not frame:
-                # Both have said Close: a server closes the TCP connection (RFC 6455, section 7.1.1).
+                # Both have said Close: a server closes the TCP connection (RFC 6455, section
+                # 7.1.1).
                 self._transport.close()
                 self._restart_timer(CLOSE_SECONDS, self._transport.abort)
             elif self._closing or self._connection is None:
