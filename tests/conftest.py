@@ -17,11 +17,11 @@ SOCKETS = ("server", "adversity")
 
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
-) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]] | None:
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Tests with real sockets run on the event loop that `notifyd serve` runs on."""
     if item.path.parent.name in SOCKETS:
         return {"uvloop": uvloop.new_event_loop}
-    return None
+    return {"asyncio": asyncio.new_event_loop}
 
 
 class StartServer(Protocol):
