@@ -20,6 +20,7 @@ from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.types import ASGIApp
 
 from notifyd.api.acks import identify_with
+from notifyd.api.demo import Demo
 from notifyd.api.guard import Endpoint, Guard, Request
 from notifyd.api.health import Phase
 from notifyd.api.realtime import AsgiEndpoint, Authenticate, Realtime, TokenOutOfQuery
@@ -204,6 +205,10 @@ class Notifyd(PublishingCalls):
             metrics=self.metrics,
             production=production,
         )
+        # Its users come by tokens of ours: not where the application knows them by itself.
+        demo = None
+        if not production and authenticate is None:
+            demo = Demo(self.guard, self.verifier, auth.publishing_key)
         self.endpoints = build_endpoints(
             ApiServices(
                 guard=self.guard,
@@ -215,6 +220,7 @@ class Notifyd(PublishingCalls):
                 ledger=self._ledger,
                 templates=self._templates,
                 verifier=self.verifier,
+                demo=demo,
                 metrics=self.metrics,
                 metrics_enabled=settings.metrics.enabled,
                 metrics_public=settings.metrics.public,

@@ -190,7 +190,7 @@ def _token(arguments: Arguments, environ: Environment) -> int:
 
 def _send(arguments: Arguments, environ: Environment) -> int:
     settings = _settings_of_client(arguments, environ)
-    key = _publishing_key(settings)
+    key = settings.auth.publishing_key
     if key is None:
         raise ConfigurationError(
             "auth.api_key: a key that may publish is needed; set NOTIFYD_AUTH__API_KEY, or run "
@@ -282,13 +282,6 @@ def _disconnection(event: Disconnected) -> str:
     return f"disconnected ({event.code} {event.reason}){again}"
 
 
-def _publishing_key(settings: Settings) -> str | None:
-    for entry in settings.auth.api_keys:
-        if entry.key is not None and {"publish", "admin"} & set(entry.scopes):
-            return entry.key
-    return None
-
-
 def _own_url(settings: Settings) -> str:
     """Where a server with these settings is reached from the same machine."""
     scheme = "http" if settings.server.tls_cert is None else "https"
@@ -309,7 +302,7 @@ def _welcome(settings: Settings, url: str) -> str:
         f"  Open     {url}/demo",
         f"  Listen   {program} listen --user alice --url {url}",
     ]
-    if key := _publishing_key(settings):
+    if key := settings.auth.publishing_key:
         body = {
             "target": {"type": "user", "value": "alice"},
             "event_type": "order.created",

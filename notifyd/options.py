@@ -216,6 +216,14 @@ class AuthSettings(Section, frozen=True, kw_only=True):
         if self.jwks_url and HMAC_ALGORITHMS.issuperset(self.jwt_algorithms):
             fold(self, "jwt_algorithms", (*self.jwt_algorithms, "RS256", "ES256"))
 
+    @property
+    def publishing_key(self) -> str | None:
+        """The first key that may publish and is known in full, not by its digest alone."""
+        for entry in self.api_keys:
+            if entry.key is not None and {"publish", "admin"} & set(entry.scopes):
+                return entry.key
+        return None
+
 
 class WebSocketSettings(Section, frozen=True, kw_only=True):
     """Limits and liveness of connections, those over SSE too."""

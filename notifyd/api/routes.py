@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from notifyd.api.acks import Acks
 from notifyd.api.channels import Channels
+from notifyd.api.demo import Demo
 from notifyd.api.guard import Answer, Description, Endpoint, Guard, Headers, Request, too_large
 from notifyd.api.health import Operations, Phase
 from notifyd.api.notifications import Publishing
@@ -32,6 +33,8 @@ from notifyd.queue.base import AckLedger, UserLogs
 from notifyd.templates import TemplateStore
 
 BODY_SECONDS = 30.0
+MAX_DISCARDED_BYTES = 4_194_304
+"""What is read of a body beyond its limit, so that its sender reads the answer."""
 
 _CLOSE: Headers = ((b"connection", b"close"),)
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
@@ -41,8 +44,9 @@ _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 class Services:
     """What the handlers work with, made by the composition root.
 
-    `logs` and `ledger` are None where they are switched off. `clock` gives Unix seconds, as
-    `started_at`; `new_id` a UUID's text; `phase` where the server stands in its life.
+    `logs` and `ledger` are None where they are switched off, `demo` but in development. `clock`
+    gives Unix seconds, as `started_at`; `new_id` a UUID's text; `phase` where the server stands in
+    its life.
     """
 
     guard: Guard
@@ -54,6 +58,7 @@ class Services:
     ledger: AckLedger | None
     templates: TemplateStore
     verifier: TokenVerifier
+    demo: Demo | None = None
     metrics: Metrics
     metrics_enabled: bool
     metrics_public: bool
@@ -96,6 +101,7 @@ def build_endpoints(services: Services) -> list[Endpoint]:
             metrics_enabled=services.metrics_enabled,
             metrics_public=services.metrics_public,
         ).endpoints(),
+        *(() if services.demo is None else services.demo.endpoints()),
     ]
     return [*endpoints, openapi_endpoint(guard, endpoints)]
 
@@ -223,11 +229,14 @@ class Api:
     async def _body(self, receive: Receive, request: Request, limit: int) -> bytes | None:
         """The whole body, None where the client went away.
 
-        Raises PayloadTooLarge, before reading where Content-Length tells, and RequestTimeout.
+        Raises PayloadTooLarge, before reading where the client waits to be told to go on or means
+        to send very much, and RequestTimeout.
         """
         length = request.header(b"content-length")
-        if length is not None and length.isdigit() and int(length) > limit:
-            raise too_large(limit)
+        if length is not None and length.isdigit():
+            awaited = request.header(b"expect") is not None
+            if int(length) > (limit if awaited else limit + MAX_DISCARDED_BYTES):
+                raise too_large(limit)
         try:
             async with asyncio.timeout(self._body_seconds):
                 return await _read(receive, limit)
@@ -238,6 +247,11 @@ class Api:
 
 
 async def _read(receive: Receive, limit: int) -> bytes | None:
+    """Read a body to its end, one that is somewhat too large as well.
+
+    Closing a socket with bytes unread resets it, and the client may never see why it was refused
+    (RFC 9112, section 9.6).
+    """
     parts: list[bytes] = []
     size = 0
     while True:
@@ -246,10 +260,14 @@ async def _read(receive: Receive, limit: int) -> bytes | None:
             return None
         part = message.get("body", b"")
         size += len(part)
-        if size > limit:
-            raise too_large(limit)
-        parts.append(part)
-        if not message.get("more_body", False):
+        if size <= limit:
+            parts.append(part)
+        else:
+            parts.clear()
+        over = size > limit + MAX_DISCARDED_BYTES
+        if over or not message.get("more_body", False):
+            if size > limit:
+                raise too_large(limit)
             return b"".join(parts)
 
 
