@@ -30,6 +30,7 @@ from notifyd.errors import (
     ShuttingDown,
     TokenExpired,
     Unauthorized,
+    Unavailable,
     UserConnectionLimit,
     ValidationError,
 )
@@ -648,8 +649,6 @@ class UnsupportedFormat(NotifydError):
 
 def _auth_close_code(error: NotifydError) -> int:
     """What a connection that could not authenticate is closed with."""
-    return (
-        error.close_code
-        if error.close_code in (1011, 4001, 4009, 4010, 4029)
-        else NOT_AUTHENTICATED
-    )
+    # A first message that is none says nothing about the server: its 1011 is no close code.
+    told = isinstance(error, Unauthorized | ConnectionLimit | Unavailable | Internal)
+    return error.close_code if told else NOT_AUTHENTICATED
