@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import pytest
 import uvloop
 
-from tests.front_door import Host, Lane, running
+from tests.front_door import Host, Lane, Transport, running
 
 SOCKETS = ("server", "adversity")
 
@@ -62,3 +62,10 @@ async def start(lane: Lane, start_on: StartServer) -> StartServer:
 async def host(start: StartServer) -> Host:
     """A server with default settings, once in each lane."""
     return await start()
+
+
+@pytest.fixture(params=["websocket", "sse"])
+def transport(request: pytest.FixtureRequest) -> Transport:
+    """Every test that uses this runs over both transports."""
+    chosen: Transport = request.param
+    return chosen

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import httpx
 import jwt
+import msgspec
 import uvicorn
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
@@ -29,7 +30,7 @@ from websockets.typing import Origin, Subprotocol
 
 from notifyd.api.realtime import Authenticate
 from notifyd.app import Notifyd, sockets_of
-from notifyd.options import ApiKeySettings, Settings, sections
+from notifyd.options import Settings, sections
 from notifyd.server.serve import listen, make_server
 
 Lane = Literal["sockets", "asgi"]
@@ -49,9 +50,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "auth": {
         "jwt_secret": SECRET,
         "api_keys": (
-            ApiKeySettings(name="admin", key=ADMIN_KEY, scopes=("admin",)),
-            ApiKeySettings(name="shop", key=PUBLISH_KEY, scopes=("publish",)),
-            ApiKeySettings(name="monitor", key=READ_KEY, scopes=("read",)),
+            {"name": "admin", "key": ADMIN_KEY, "scopes": ["admin"]},
+            {"name": "shop", "key": PUBLISH_KEY, "scopes": ["publish"]},
+            {"name": "monitor", "key": READ_KEY, "scopes": ["read"]},
         ),
     },
     "cors": {"origins": (ORIGIN,)},
@@ -78,7 +79,7 @@ def settings_of(**given: dict[str, Any]) -> Settings:
     for name, section in sections().items():
         values = {**_DEFAULTS.get(name, {}), **given.get(name, {})}
         if values:
-            made[name] = section(**values)
+            made[name] = msgspec.convert(values, section)
     assert not set(given) - set(sections()), "no such section"
     return Settings(**made)
 
