@@ -52,6 +52,7 @@ from notifyd.notification import Notification
 from notifyd.options import Settings
 from notifyd.queue.base import AckLedger, UserLogs
 from notifyd.queue.memory import MemoryAckLedger, MemoryUserLogs
+from notifyd.server.door import Timeouts
 from notifyd.server.http import Services
 from notifyd.server.serve import Serving
 from notifyd.server.serve import serve as serve_sockets
@@ -362,8 +363,11 @@ def _identify_by(authenticate: Authenticate) -> Callable[[Request], Eventually[I
     return identify
 
 
-def sockets_of(notifyd: Notifyd) -> Serving:
-    """What `notifyd.server` needs to serve this application on sockets of its own."""
+def sockets_of(notifyd: Notifyd, timeouts: Timeouts | None = None) -> Serving:
+    """What `notifyd.server` needs to serve this application on sockets of its own.
+
+    `timeouts` are the contract's, unless others are given.
+    """
     return Serving(
         app=notifyd.app,
         drain=notifyd.drain,
@@ -378,6 +382,7 @@ def sockets_of(notifyd: Notifyd) -> Serving:
             proxies=notifyd.proxies,
             max_message_bytes=notifyd.settings.websocket.max_message_bytes,
             spread=notifyd.spread,
+            timeouts=timeouts or Timeouts(),
         ),
     )
 

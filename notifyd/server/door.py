@@ -9,18 +9,35 @@ from __future__ import annotations
 import asyncio
 from asyncio import Future, TimerHandle
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import structlog
-
-SILENT_SECONDS = 10.0
-SWEEP_SECONDS = 1.0
 
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 5\r\n"
     b"connection: close\r\ncontent-length: 82\r\n\r\n"
     b'{"error":{"code":"UNAVAILABLE","message":"The server has too many open sockets."}}'
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeouts:
+    """How long a client may take, in seconds.
+
+    `first_byte` from its accept; `head` and `body` of a request, from their first bytes;
+    `keep_alive` between two requests; `message` for a WebSocket message that was begun; `close` for
+    the answer to a Close, and for reading what was written before it. `sweep` is how often the
+    first four are looked at.
+    """
+
+    first_byte: float = 10.0
+    head: float = 10.0
+    body: float = 30.0
+    keep_alive: float = 75.0
+    message: float = 10.0
+    close: float = 5.0
+    sweep: float = 1.0
 
 
 class Waiting(Protocol):
@@ -37,9 +54,12 @@ class Waiting(Protocol):
 class Door:
     """Counts sockets, and sweeps those that wait."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *, max_sockets: int) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, *, max_sockets: int, timeouts: Timeouts
+    ) -> None:
         self.loop = loop
         self.max_sockets = max_sockets
+        self.timeouts = timeouts
         self.sockets = 0
         self.detached = 0
         self._emptied: Future[None] | None = None
@@ -50,7 +70,7 @@ class Door:
 
     def start(self) -> None:
         """Begin to sweep."""
-        self._timer = self.loop.call_later(SWEEP_SECONDS, self._sweep)
+        self._timer = self.loop.call_later(self.timeouts.sweep, self._sweep)
 
     def stop(self) -> None:
         """No sweep after this."""
@@ -93,7 +113,7 @@ class Door:
             await self._emptied
 
     def _sweep(self) -> None:
-        self._timer = self.loop.call_later(SWEEP_SECONDS, self._sweep)
+        self._timer = self.loop.call_later(self.timeouts.sweep, self._sweep)
         now = self.loop.time()
         for each in [each for each in self.waiting if each.deadline <= now]:
             each.timed_out()
@@ -124,7 +144,7 @@ class Doorman(asyncio.Protocol):
             socket.write(_FULL)
             socket.close()
             return
-        self.deadline = self._door.loop.time() + SILENT_SECONDS
+        self.deadline = self._door.loop.time() + self._door.timeouts.first_byte
         self._door.waiting[self] = None
 
     def data_received(self, data: bytes) -> None:
@@ -142,7 +162,7 @@ class Doorman(asyncio.Protocol):
         """It left without a word."""
 
     def timed_out(self) -> None:
-        """It said nothing for ten seconds."""
+        """It said nothing."""
         if self._transport is not None:
             self._transport.close()
 

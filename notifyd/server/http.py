@@ -37,7 +37,7 @@ from notifyd.eventually import Eventually, is_awaitable
 from notifyd.forwarded import TrustedProxies
 from notifyd.identifiers import request_id
 from notifyd.identity import Identity
-from notifyd.server.door import Door
+from notifyd.server.door import Door, Timeouts
 from notifyd.server.stream import StreamProtocol
 from notifyd.server.websocket import WebSocketProtocol
 
@@ -70,11 +70,8 @@ UVICORN_ATTRIBUTES: Final = {
 
 MAX_HEAD_BYTES = 16384
 MAX_HEADERS = 100
-HEAD_SECONDS = 10.0
-BODY_SECONDS = 30.0
-KEEP_ALIVE_SECONDS = 75.0
-# The ASGI routes answer a slow body themselves; this is for what would not read it at all.
-ASGI_BODY_SECONDS = 35.0
+# The ASGI routes answer a slow body themselves; so much later ends what would not read it at all.
+ASGI_BODY_GRACE_SECONDS = 5.0
 MAX_EARLY_BYTES = 65536
 
 _NEVER = float("inf")
@@ -97,6 +94,7 @@ class Services:
         proxies: TrustedProxies,
         max_message_bytes: int,
         spread: Callable[[float, float], float],
+        timeouts: Timeouts,
     ) -> None:
         self.lifecycle = lifecycle
         self.guard = guard
@@ -104,6 +102,7 @@ class Services:
         self.proxies = proxies
         self.max_message_bytes = max_message_bytes
         self.spread = spread
+        self.timeouts = timeouts
         self.log = structlog.get_logger("notifyd.server")
 
 
@@ -144,6 +143,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._services = services
         self._door = door
+        self._timeouts = services.timeouts
         self._in_head = False
         self._head_bytes = 0
         self._head_began = False
@@ -162,7 +162,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The doorman hands the socket over with its first bytes."""
         super().connection_made(transport)  # type: ignore[arg-type]
-        self.deadline = self.loop.time() + HEAD_SECONDS
+        self.deadline = self.loop.time() + self._timeouts.head
         self._door.waiting[self] = None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -222,7 +222,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_head = True
         self._head_began = True
         self._head_bytes = 0
-        self.deadline = self.loop.time() + HEAD_SECONDS
+        self.deadline = self.loop.time() + self._timeouts.head
 
     def on_url(self, url: bytes) -> None:
         """A piece of the request's target."""
@@ -253,13 +253,13 @@ class HttpProtocol(HttpToolsProtocol):
             if endpoint is not None and self._takes_fast_lane(endpoint):
                 self._endpoint = endpoint
                 self._body = b""
-                self.deadline = self.loop.time() + BODY_SECONDS
+                self.deadline = self.loop.time() + self._timeouts.body
                 return
         elif method == b"GET" and self._is_stream():
             self._stream = True
             return
         self._check_length()
-        self.deadline = self.loop.time() + ASGI_BODY_SECONDS
+        self.deadline = self.loop.time() + self._timeouts.body + ASGI_BODY_GRACE_SECONDS
         super().on_headers_complete()
 
     def _check_length(self) -> None:
@@ -334,7 +334,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._open_stream()
         else:
             answered = self.cycle is not None and self.cycle.response_complete
-            self.deadline = self.loop.time() + KEEP_ALIVE_SECONDS if answered else _NEVER
+            self.deadline = self.loop.time() + self._timeouts.keep_alive if answered else _NEVER
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -347,7 +347,7 @@ class HttpProtocol(HttpToolsProtocol):
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)
         elif self.deadline == _NEVER:
-            self.deadline = self.loop.time() + KEEP_ALIVE_SECONDS
+            self.deadline = self.loop.time() + self._timeouts.keep_alive
 
     # --- the fast lane ---
 
@@ -567,6 +567,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport,
             self._services.lifecycle,
             max_message_bytes=self._services.max_message_bytes,
+            timeouts=self._timeouts,
             on_gone=self._door.leave_detached,
         )
         early = bytes(self._early or b"")
@@ -615,7 +616,12 @@ class HttpProtocol(HttpToolsProtocol):
     def _accept_stream(self, handshake: Handshake, identity: Identity | None) -> None:
         self.transport.write(self._stream_head())
         lifecycle = self._services.lifecycle
-        stream = StreamProtocol(self.transport, lifecycle, on_gone=self._door.leave_detached)
+        stream = StreamProtocol(
+            self.transport,
+            lifecycle,
+            close_seconds=self._timeouts.close,
+            on_gone=self._door.leave_detached,
+        )
         self._door.detach()
         self.transport.set_protocol(stream)
         stream.begin(lifecycle.connect(handshake, identity, stream))

@@ -89,7 +89,11 @@ class Server(uvicorn.Server):
         """What uvicorn puts at each accepted socket."""
         door = self.door
         if door is None:
-            door = self.door = Door(asyncio.get_running_loop(), max_sockets=self._max_sockets)
+            door = self.door = Door(
+                asyncio.get_running_loop(),
+                max_sockets=self._max_sockets,
+                timeouts=self._serving.services.timeouts,
+            )
             door.start()
         make_guest = partial(
             HttpProtocol, self._serving.services, door, config, server_state, app_state, _loop

@@ -10,19 +10,32 @@ from typing import ClassVar
 from notifyd.connections.connection import Connection
 from notifyd.connections.lifecycle import Lifecycle
 
-CLOSE_SECONDS = 5.0
-
 
 class StreamProtocol(asyncio.Protocol):
     """One client's socket after its request: the sink of its connection's outbox."""
 
-    __slots__ = ("_connection", "_lifecycle", "_on_gone", "_timer", "_transport")
+    __slots__ = (
+        "_close_seconds",
+        "_connection",
+        "_lifecycle",
+        "_on_gone",
+        "_timer",
+        "_transport",
+        "write",
+    )
 
     def __init__(
-        self, transport: asyncio.Transport, lifecycle: Lifecycle, *, on_gone: Callable[[], None]
+        self,
+        transport: asyncio.Transport,
+        lifecycle: Lifecycle,
+        *,
+        close_seconds: float,
+        on_gone: Callable[[], None],
     ) -> None:
         self._transport = transport
+        self.write = transport.write
         self._lifecycle = lifecycle
+        self._close_seconds = close_seconds
         self._on_gone = on_gone
         self._connection: Connection | None = None
         self._timer: TimerHandle | None = None
@@ -33,17 +46,13 @@ class StreamProtocol(asyncio.Protocol):
         """From here on the socket speaks for this connection."""
         self._connection = connection
 
-    def write(self, data: bytes) -> None:
-        """Take whole events."""
-        self._transport.write(data)
-
     def close(self, code: int, reason: str) -> None:
-        """End the stream; why was told by its last event. What a client does not read in five
-        seconds is dropped."""
+        """End the stream; why was told by its last event. What a client does not read in time
+        is dropped."""
         if self._timer is None:
             self._transport.close()
             self._timer = asyncio.get_running_loop().call_later(
-                CLOSE_SECONDS, self._transport.abort
+                self._close_seconds, self._transport.abort
             )
 
     def pause_writing(self) -> None:
