@@ -375,11 +375,6 @@ class Endpoint:
         self._counters: dict[tuple[str, int], Counter] = {}
         self._answered = self._counter(method, status)
 
-    @property
-    def scope(self) -> Access:
-        """Who may call."""
-        return self.access
-
     def __call__(  # noqa: PLR0912  # the hot path: one pass over the headers, no calls
         self, request: Request
     ) -> Eventually[Answer]:

@@ -149,5 +149,5 @@ def _error_statuses(endpoint: Endpoint) -> set[int]:
 
 
 def _operation_id(endpoint: Endpoint) -> str:
-    words = re.findall(r"[a-z0-9]+", endpoint.path.removeprefix("/api/v1"))
+    words = re.findall(r"[a-z0-9]+", endpoint.path.removeprefix("/api/"))
     return "_".join([endpoint.method.lower(), *words])
