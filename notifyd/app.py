@@ -193,7 +193,13 @@ class Notifyd(PublishingCalls):
         )
         self._confirmations.on_returned = self.lifecycle.replay_again
         dispatcher = Dispatcher(
-            self._registry, self._confirmations, self._logs, self._ledger, self.metrics, clock
+            self._registry,
+            self._flusher,
+            self._confirmations,
+            self._logs,
+            self._ledger,
+            self.metrics,
+            clock,
         )
         self.guard = Guard(
             api_keys=ApiKeys(auth, clock=clock),

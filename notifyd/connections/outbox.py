@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from asyncio import AbstractEventLoop, Future
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from notifyd.connections.connection import Connection
+    from notifyd.wire import Message
 
 WRITE_BYTES = 65536
 """At most this is handed to a transport at a time."""
@@ -76,13 +77,62 @@ class Flusher:
             self._scheduled = True
             self.loop.call_soon(self._run)
 
+    def put_all(self, connections: Sequence[Connection], message: Message) -> Sequence[Connection]:
+        """`Outbox.put` for many, without a call for each; those that did not take it."""
+        websocket, sse = message.websocket, b""
+        dirty = self._dirty
+        max_bytes, max_messages = self.bounds.max_bytes, self.bounds.max_messages
+        total = 0
+        refused: list[Connection] = []
+        for connection in connections:
+            outbox = connection.outbox
+            if connection.transport == "websocket":
+                data = websocket
+            else:
+                data = sse = sse or message.sse
+            if outbox.closed:
+                refused.append(connection)
+                continue
+            frames = outbox._frames
+            frames.append(data)
+            length = len(data)
+            size = outbox.size = outbox.size + length
+            total += length
+            if not outbox._scheduled:
+                outbox._scheduled = True
+                dirty.append(outbox)
+            if size > max_bytes or len(frames) > max_messages:
+                self.waiting_bytes += total
+                total = 0
+                if outbox.is_slow():
+                    refused.append(connection)
+        self.waiting_bytes += total
+        if dirty and not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self._run)
+        if self.waiting_bytes > self.bounds.total_bytes:
+            self.relieve()
+            refused = [connection for connection in connections if connection.outbox.closed]
+        return refused
+
     def _run(self) -> None:
         dirty = self._dirty
         time = self.loop.time
         deadline = time() + SLICE_SECONDS
         countdown = CHECK_EVERY
         while dirty:
-            dirty.popleft().flush()
+            outbox = dirty.popleft()
+            frames = outbox._frames
+            if len(frames) == 1 and outbox._unhindered:
+                # By far the most common case, without a call.
+                outbox._scheduled = False
+                data = frames[0]
+                frames.clear()
+                self.waiting_bytes -= outbox.size
+                outbox.size = 0
+                outbox._write(data)
+            else:
+                outbox.flush()
             countdown -= 1
             if not countdown:
                 if time() >= deadline:
@@ -120,6 +170,8 @@ class Outbox:
         "_flusher",
         "_frames",
         "_scheduled",
+        "_unhindered",
+        "_write",
         "closed",
         "connection",
         "paused",
@@ -133,6 +185,9 @@ class Outbox:
         self._ahead: list[bytes] | None = None
         self.size = 0
         self.sink = sink
+        self._write = sink.write
+        # Not closed nor paused, no replay on, nobody waits for it to drain.
+        self._unhindered = True
         self.paused = False
         self.closed = False
         self._scheduled = False
@@ -153,11 +208,20 @@ class Outbox:
             flusher.schedule(self)
         bounds = flusher.bounds
         if size > bounds.max_bytes or len(frames) > bounds.max_messages:
-            flusher.on_slow(self)
-            return False
+            return not self.is_slow()
         if waiting > bounds.total_bytes:
             flusher.relieve()
             return not self.closed
+        return True
+
+    def is_slow(self) -> bool:
+        """Over a bound, where many came in one loop turn: slow is only who does not take them now,
+        and he is given up."""
+        self._write_all()
+        bounds = self._flusher.bounds
+        if self.size <= bounds.max_bytes and len(self._frames) <= bounds.max_messages:
+            return False
+        self._flusher.on_slow(self)
         return True
 
     def put_ahead(self, data: bytes) -> bool:
@@ -172,12 +236,14 @@ class Outbox:
 
     def hold_back(self) -> None:
         """From here on, what is `put` waits until `let_go`."""
+        self._unhindered = False
         self._ahead, self._frames = self._frames, []
 
     def let_go(self) -> None:
         """The replay is over: what was held back follows it."""
         if self._ahead is not None:
             self._frames, self._ahead = self._ahead + self._frames, None
+            self._look_whether_hindered()
             self._schedule()
 
     @property
@@ -188,8 +254,12 @@ class Outbox:
     def flush(self) -> None:
         """Write up to 64 KiB of what has gathered, unless the transport is paused."""
         self._scheduled = False
+        if self.paused or self.closed:
+            return
         frames = self._frames if self._ahead is None else self._ahead
-        if not frames or self.paused or self.closed:
+        if not frames:
+            # Only what is held back is left: the replay that waits goes on.
+            self._tell_drained()
             return
         if len(frames) == 1:
             data = frames[0]
@@ -201,7 +271,7 @@ class Outbox:
             data = _take(frames)
         self.size -= len(data)
         self._flusher.waiting_bytes -= len(data)
-        self.sink.write(data)
+        self._write(data)
         if frames:
             self._schedule()
         elif self._drained is not None:
@@ -210,8 +280,17 @@ class Outbox:
     def flush_all(self) -> None:
         """Write everything before a close; nothing to a transport that takes nothing."""
         self.let_go()
-        while self._frames and not self.paused and not self.closed:
+        self._write_all()
+
+    def _write_all(self) -> None:
+        frames = self._frames if self._ahead is None else self._ahead
+        while frames and not self.paused and not self.closed:
             self.flush()
+
+    def _look_whether_hindered(self) -> None:
+        self._unhindered = (
+            not self.closed and not self.paused and self._ahead is None and self._drained is None
+        )
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -221,11 +300,14 @@ class Outbox:
     def pause(self) -> None:
         """The transport's buffer is full (`pause_writing`)."""
         self.paused = True
-        self._flusher.paused(self)
+        self._unhindered = False
+        if not self.closed:
+            self._flusher.paused(self)
 
     def resume(self) -> None:
         """The transport takes again (`resume_writing`)."""
         self.paused = False
+        self._look_whether_hindered()
         self._flusher.resumed(self)
         if self._frames or self._ahead:
             self._schedule()
@@ -235,6 +317,7 @@ class Outbox:
     def close(self) -> None:
         """Drop what was not written; nothing is taken any more."""
         self.closed = True
+        self._unhindered = False
         self._frames.clear()
         self._ahead = None
         self._flusher.waiting_bytes -= self.size
@@ -250,11 +333,13 @@ class Outbox:
             self.paused or self._ahead or (self._ahead is None and self._frames)
         ):
             return
+        self._unhindered = False
         self._drained = self._flusher.loop.create_future()
         await self._drained
 
     def _tell_drained(self) -> None:
         drained, self._drained = self._drained, None
+        self._look_whether_hindered()
         if drained is not None and not drained.done():
             drained.set_result(None)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
-from notifyd.connections.connection import Connection
+from notifyd.connections.connection import Connection, State
+from notifyd.connections.outbox import Flusher
 from notifyd.connections.registry import Registry, TenantConnections
 from notifyd.dispatch.confirmation import Confirmations
 from notifyd.dispatch.targets import admitted, count_per_channel, may_await, resolve
@@ -41,6 +42,7 @@ class Dispatcher:
     def __init__(
         self,
         registry: Registry,
+        flusher: Flusher,
         confirmations: Confirmations,
         logs: UserLogs | None,
         ledger: AckLedger | None,
@@ -48,6 +50,7 @@ class Dispatcher:
         clock: Callable[[], float],
     ) -> None:
         self._registry = registry
+        self._flusher = flusher
         self._confirmations = confirmations
         self._logs = logs
         self._ledger = ledger
@@ -55,6 +58,7 @@ class Dispatcher:
         self._metrics = metrics
         self._delivered_websocket = metrics.deliveries_total.labels("websocket")
         self._delivered_sse = metrics.deliveries_total.labels("sse")
+        self._refused = metrics.delivery_failures_total.labels("slow")
 
     def dispatch(
         self,
@@ -119,34 +123,42 @@ class Dispatcher:
                 self._ledger.expect(tenant_name, notification.id, tuple(users))
             else:
                 self._ledger.expect_anyone(tenant_name, notification.id)
-        taken_by = self._offer(connections, message or notification_message(notification))
-        if taken_by:
+        message = message or notification_message(notification)
+        refused = self._offer(connections, message) if connections else ()
+        taken = len(connections) - len(refused)
+        if taken:
             outcome = Outcome.DELIVERED
         else:
             outcome = Outcome.NOBODY if connections else Outcome.FILTERED
         counts = None
         if target.type == "channels":
-            counts = count_per_channel(tenant, target.names, set(taken_by))
-        return Receipt(notification.id, outcome, len(taken_by), channels=counts)
+            taken_by = set(connections).difference(refused)
+            counts = count_per_channel(tenant, target.names, taken_by)
+        return Receipt(notification.id, outcome, taken, channels=counts)
 
     def _offer(self, connections: Sequence[Connection], message: Message) -> Sequence[Connection]:
-        """Offer to each; those that took it."""
+        """Offer to each; those that did not take it."""
         started = perf_counter()
-        taken_by = [connection for connection in connections if connection.offer(message)]
-        self._count(taken_by, len(connections))
-        self._metrics.fanout_seconds.observe(perf_counter() - started)
-        return taken_by
-
-    def _count(self, taken_by: Sequence[Connection], offered: int) -> None:
         streams = 0
         if self._registry.by_transport["sse"]:
-            streams = sum(connection.transport == "sse" for connection in taken_by)
+            streams = sum(connection.transport == "sse" for connection in connections)
+        refused = self._flusher.put_all(connections, message)
+        failed_streams = sum(connection.transport == "sse" for connection in refused)
+        self._count(
+            len(connections) - streams - (len(refused) - failed_streams),
+            streams - failed_streams,
+            len(refused),
+        )
+        self._metrics.fanout_seconds.observe(perf_counter() - started)
+        return refused
+
+    def _count(self, websockets: int, streams: int, refused: int) -> None:
+        if websockets:
+            self._delivered_websocket.inc(websockets)
         if streams:
             self._delivered_sse.inc(streams)
-        if len(taken_by) > streams:
-            self._delivered_websocket.inc(len(taken_by) - streams)
-        if offered > len(taken_by):
-            self._metrics.delivery_failures_total.labels("slow").inc(offered - len(taken_by))
+        if refused:
+            self._refused.inc(refused)
 
     # --- users: held until confirmed, queued where nobody took it ---
 
@@ -188,7 +200,11 @@ class Dispatcher:
         if not connections:
             return Outcome.FILTERED, 0
         taken_by = [connection for connection in connections if connection.offer(message)]
-        self._count(taken_by, len(connections))
+        if len(taken_by) > 1:
+            # One that took it may have been given up to make room for it in another.
+            taken_by = [each for each in taken_by if each.state is State.OPEN]
+        streams = sum(connection.transport == "sse" for connection in taken_by)
+        self._count(len(taken_by) - streams, streams, len(connections) - len(taken_by))
         if not taken_by:
             return Outcome.NOBODY, 0
         self._confirmations.hold(notification, taken_by)
