@@ -439,9 +439,9 @@ class Publishing:
             exclude_connection=content.exclude_connection,
             source=request.source,
         )
-        if is_awaitable(receipt):
-            return self._answer_later(target, notification, receipt)
-        return self._answer(target, notification, receipt)
+        if isinstance(receipt, Receipt):
+            return self._answer(target, notification, receipt)
+        return self._answer_later(target, notification, receipt)
 
     async def _answer_later(
         self, target: Target, notification: Notification, pending: Awaitable[Receipt]
@@ -590,10 +590,9 @@ class Publishing:
                 exclude_connection=body.exclude_connection,
                 source=batch.request.source,
             )
-            if is_awaitable(receipt):
-                pending = _item_result_later(index, receipt)
-                return self._item_awaited(batch, index, pending)
-            return _item_result(index, receipt)
+            if isinstance(receipt, Receipt):
+                return _item_result(index, receipt)
+            return self._item_awaited(batch, index, _item_result_later(index, receipt))
         except Exception as error:  # noqa: BLE001  # the item's own result, and logged where it is our fault
             return self._bad_item(batch, index, error)
 
