@@ -216,7 +216,7 @@ class User {
         break;
       case "unsubscribed":
         for (const channel of message.payload) this.following.delete(channel);
-        this.tell(`No longer follows ${message.payload.join(", ")}`);
+        this.tell(`Left ${message.payload.join(", ")}`);
         break;
       case "caught_up":
         this.tell(`Caught up: ${message.replayed} replayed`);
