@@ -528,9 +528,10 @@ class Host:
         )
         path = f"{self.url}/sse{f'?{query}' if query else ''}"
         response = await stack.enter_async_context(client.stream("GET", path, headers=given))
-        self._clients.push_async_exit(stack)
-        assert response.status_code == 200, await response.aread()
         listener = SseListener(response, stack)
+        # Kept until the end: an abandoned iterator would close the stream.
+        self._clients.push_async_callback(listener.close)
+        assert response.status_code == 200, await response.aread()
         if greeted:
             listener.connected = await listener.expect("connected")
         return listener
