@@ -120,28 +120,31 @@ class Flusher:
         time = self.loop.time
         deadline = time() + SLICE_SECONDS
         countdown = CHECK_EVERY
-        while dirty:
-            outbox = dirty.popleft()
-            frames = outbox._frames
-            if len(frames) == 1 and outbox._unhindered:
-                # By far the most common case, without a call.
-                outbox._scheduled = False
-                data = frames[0]
-                frames.clear()
-                self.waiting_bytes -= outbox.size
-                outbox.size = 0
-                outbox._write(data)
+        try:
+            while dirty:
+                outbox = dirty.popleft()
+                frames = outbox._frames
+                if len(frames) == 1 and outbox._unhindered:
+                    # By far the most common case, without a call.
+                    outbox._scheduled = False
+                    data = frames[0]
+                    frames.clear()
+                    self.waiting_bytes -= outbox.size
+                    outbox.size = 0
+                    outbox._write(data)
+                else:
+                    outbox.flush()
+                countdown -= 1
+                if not countdown:
+                    if time() >= deadline:
+                        break
+                    countdown = CHECK_EVERY
+        finally:
+            # Also where one sink failed: the others must not wait for ever.
+            if dirty:
+                self.loop.call_soon(self._run)
             else:
-                outbox.flush()
-            countdown -= 1
-            if not countdown:
-                if time() >= deadline:
-                    break
-                countdown = CHECK_EVERY
-        if dirty:
-            self.loop.call_soon(self._run)
-        else:
-            self._scheduled = False
+                self._scheduled = False
 
     def paused(self, outbox: Outbox) -> None:
         """This outbox's transport takes nothing more for now."""
@@ -152,10 +155,12 @@ class Flusher:
         self._paused.discard(outbox)
 
     def relieve(self) -> None:
-        """All outboxes together hold too much: the largest of the slow ones is given up."""
-        largest = max(self._paused, key=lambda outbox: outbox.size, default=None)
-        if largest is not None:
-            self.on_slow(largest)
+        """All outboxes together hold too much: the slow ones are given up, the largest first, until
+        they do not."""
+        for outbox in sorted(self._paused, key=lambda each: each.size, reverse=True):
+            if self.waiting_bytes <= self.bounds.total_bytes:
+                break
+            self.on_slow(outbox)
 
 
 class Outbox:

@@ -1,0 +1,441 @@
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+import pytest
+
+from notifyd import wire
+from notifyd.connections.connection import Connection, Transport
+from notifyd.connections.outbox import SLICE_SECONDS, WRITE_BYTES, Bounds, Flusher, Outbox
+from tests.unit.connected import RecordingSink, manual_loop, outbox_of
+
+
+class Outboxes:
+    """A flusher on a manual loop; slow ones are closed and remembered."""
+
+    def __init__(
+        self, *, max_bytes: int = 1 << 20, max_messages: int = 1000, total_bytes: int = 1 << 30
+    ) -> None:
+        self.loop = manual_loop()
+        self.slow: list[Outbox] = []
+        self.flusher = Flusher(
+            Bounds(max_bytes=max_bytes, max_messages=max_messages, total_bytes=total_bytes),
+            on_slow=self._close,
+        )
+        self.flusher.start(self.loop)
+
+    def _close(self, outbox: Outbox) -> None:
+        self.slow.append(outbox)
+        outbox.close()
+
+    def new(self, sink: RecordingSink | None = None) -> Outbox:
+        return outbox_of(self.flusher, sink)
+
+
+def written(outbox: Outbox) -> list[bytes]:
+    return cast(RecordingSink, outbox.sink).writes
+
+
+class TestFlushing:
+    def test_what_gathers_in_a_turn_is_one_write(self) -> None:
+        outboxes = Outboxes()
+        outbox = outboxes.new()
+        assert outbox.put(b"one")
+        assert outbox.put(b"two")
+        assert written(outbox) == []
+        assert len(outboxes.loop.ready) == 1
+        outboxes.loop.turn()
+        assert written(outbox) == [b"onetwo"]
+        assert (outbox.size, outboxes.flusher.waiting_bytes) == (0, 0)
+
+    def test_a_single_frame_is_handed_over_as_it_is(self) -> None:
+        outboxes = Outboxes()
+        outbox = outboxes.new()
+        frame = b"x" * (WRITE_BYTES * 3)
+        outbox.put(frame)
+        outboxes.loop.turn()
+        assert written(outbox)[0] is frame
+
+    def test_joins_up_to_64_kib_and_never_splits_a_frame(self) -> None:
+        outboxes = Outboxes()
+        outbox = outboxes.new()
+        frames = [bytes([n]) * 30_000 for n in range(5)] + [b"y" * 70_000, b"z"]
+        for frame in frames:
+            outbox.put(frame)
+        outboxes.loop.settle()
+        assert [len(each) for each in written(outbox)] == [60_000, 60_000, 30_000, 70_000, 1]
+        assert b"".join(written(outbox)) == b"".join(frames)
+        assert outbox.size == 0
+
+    def test_exactly_64_kib_is_one_write(self) -> None:
+        outboxes = Outboxes()
+        outbox = outboxes.new()
+        for _ in range(4):
+            outbox.put(b"x" * (WRITE_BYTES // 4))
+        outboxes.loop.settle()
+        assert [len(each) for each in written(outbox)] == [WRITE_BYTES]
+
+    def test_every_outbox_is_flushed_in_the_turn(self) -> None:
+        outboxes = Outboxes()
+        many = [outboxes.new() for _ in range(100)]
+        for outbox in many:
+            outbox.put(b"x")
+        outboxes.loop.turn()
+        assert all(written(outbox) == [b"x"] for outbox in many)
+        many[0].put(b"y")
+        outboxes.loop.turn()
+        assert written(many[0]) == [b"x", b"y"]
+
+    def test_a_long_flush_yields_to_the_loop(self) -> None:
+        outboxes = Outboxes()
+
+        class SlowSink(RecordingSink):
+            def write(self, data: bytes) -> None:
+                outboxes.loop.now += SLICE_SECONDS / 20
+                super().write(data)
+
+        many = [outboxes.new(SlowSink()) for _ in range(100)]
+        for outbox in many:
+            outbox.put(b"x")
+        outboxes.loop.turn()
+        done = sum(bool(written(outbox)) for outbox in many)
+        assert 16 <= done < 100
+        outboxes.loop.settle()
+        assert all(written(outbox) for outbox in many)
+
+    def test_a_sink_that_fails_does_not_stop_the_others(self) -> None:
+        outboxes = Outboxes()
+
+        class Broken(RecordingSink):
+            def write(self, data: bytes) -> None:
+                raise OSError("broken")
+
+        broken, sound = outboxes.new(Broken()), outboxes.new()
+        broken.put(b"x")
+        sound.put(b"x")
+        outboxes.loop.settle()
+        assert written(sound) == [b"x"]
+        assert [str(each["exception"]) for each in outboxes.loop.failures] == ["broken"]
+        sound.put(b"y")
+        outboxes.loop.settle()
+        assert written(sound) == [b"x", b"y"]
+        broken.put(b"x")
+        outboxes.loop.settle()
+        sound.put(b"z")
+        outboxes.loop.settle()
+        assert written(sound)[-1] == b"z"
+
+
+class TestBounds:
+    def test_a_burst_of_one_turn_is_written_and_is_not_slow(self) -> None:
+        outboxes = Outboxes(max_messages=10, max_bytes=1000)
+        outbox = outboxes.new()
+        for n in range(100):
+            assert outbox.put(b"%03d" % n)
+        assert outbox.put(b"x" * 5000)
+        outboxes.loop.settle()
+        assert outboxes.slow == []
+        assert b"".join(written(outbox)) == b"".join(b"%03d" % n for n in range(100)) + b"x" * 5000
+
+    @pytest.mark.parametrize(("frames", "size"), [(11, 1), (1, 1001)])
+    def test_paused_beyond_its_bounds_it_is_slow(self, frames: int, size: int) -> None:
+        outboxes = Outboxes(max_messages=10, max_bytes=1000)
+        outbox = outboxes.new()
+        outbox.pause()
+        taken = [outbox.put(b"x" * size) for _ in range(frames)]
+        assert taken == [True] * (frames - 1) + [False]
+        assert outboxes.slow == [outbox]
+        assert outboxes.flusher.waiting_bytes == 0
+        outboxes.loop.settle()
+        assert written(outbox) == []
+
+    def test_within_its_bounds_it_keeps_what_waits(self) -> None:
+        outboxes = Outboxes(max_messages=10, max_bytes=1000)
+        outbox = outboxes.new()
+        outbox.pause()
+        for _ in range(10):
+            assert outbox.put(b"x" * 100)
+        assert outboxes.slow == []
+        outboxes.loop.settle()
+        assert written(outbox) == []
+        outbox.resume()
+        outboxes.loop.settle()
+        assert written(outbox) == [b"x" * 1000]
+
+    def test_a_sink_that_pauses_while_a_burst_is_written_is_slow(self) -> None:
+        outboxes = Outboxes(max_messages=10)
+        outbox = outboxes.new(RecordingSink(pauses_after=1))
+        taken = [outbox.put(b"x") for _ in range(30)]
+        # Eleven were written, ten may wait, the one after that is too much.
+        assert taken == [True] * 21 + [False] * 9
+        assert outboxes.slow == [outbox]
+
+    def test_what_is_held_back_cannot_be_written_and_is_bounded(self) -> None:
+        outboxes = Outboxes(max_messages=10)
+        outbox = outboxes.new()
+        outbox.hold_back()
+        assert all(outbox.put(b"x") for _ in range(10))
+        assert not outbox.put(b"x")
+        assert outboxes.slow == [outbox]
+
+    def test_too_much_in_total_closes_the_largest_slow_one(self) -> None:
+        outboxes = Outboxes(total_bytes=1000)
+        small, large, eager = (outboxes.new() for _ in range(3))
+        small.pause()
+        large.pause()
+        small.put(b"x" * 300)
+        large.put(b"x" * 600)
+        assert eager.put(b"x" * 101)
+        assert outboxes.slow == [large]
+        assert outboxes.flusher.waiting_bytes == 401
+        assert not large.put(b"x")
+
+    def test_the_largest_may_be_the_one_that_takes(self) -> None:
+        outboxes = Outboxes(total_bytes=1000)
+        outbox = outboxes.new()
+        outbox.pause()
+        assert outbox.put(b"x" * 1000)
+        assert not outbox.put(b"x")
+        assert outboxes.slow == [outbox]
+
+    def test_without_a_slow_one_nobody_is_given_up(self) -> None:
+        outboxes = Outboxes(total_bytes=1000)
+        outbox = outboxes.new()
+        assert outbox.put(b"x" * 2000)
+        assert outboxes.slow == []
+        outboxes.loop.settle()
+        assert outboxes.flusher.waiting_bytes == 0
+
+    def test_one_that_resumed_is_not_slow_any_more(self) -> None:
+        outboxes = Outboxes(total_bytes=1000)
+        outbox, other = outboxes.new(), outboxes.new()
+        outbox.pause()
+        outbox.put(b"x" * 900)
+        outbox.resume()
+        assert other.put(b"x" * 200)
+        assert outboxes.slow == []
+
+    def test_a_pause_after_the_close_is_forgotten(self) -> None:
+        outboxes = Outboxes(total_bytes=10)
+        outbox, other = outboxes.new(), outboxes.new()
+        outbox.close()
+        outbox.pause()
+        assert other.put(b"x" * 20)
+        assert outboxes.slow == []
+
+
+class TestHoldingBack:
+    def test_what_is_put_ahead_is_written_before_what_is_put(self) -> None:
+        outboxes = Outboxes()
+        outbox = outboxes.new()
+        outbox.put(b"connected,")
+        outbox.hold_back()
+        outbox.put(b"live-1,")
+        outbox.put_ahead(b"replay-1,")
+        outboxes.loop.settle()
+        assert written(outbox) == [b"connected,replay-1,"]
+        outbox.put(b"live-2,")
+        outbox.put_ahead(b"replay-2,")
+        outbox.let_go()
+        assert not outbox.holds_back
+        outbox.put(b"live-3")
+        outboxes.loop.settle()
+        assert b"".join(written(outbox)) == (b"connected,replay-1,replay-2,live-1,live-2,live-3")
+        assert (outbox.size, outboxes.flusher.waiting_bytes) == (0, 0)
+
+    def test_without_a_replay_put_ahead_is_put(self) -> None:
+        outboxes = Outboxes()
+        outbox = outboxes.new()
+        outbox.put(b"1")
+        outbox.put_ahead(b"2")
+        outboxes.loop.settle()
+        assert written(outbox) == [b"12"]
+
+    def test_letting_go_of_nothing_changes_nothing(self) -> None:
+        outboxes = Outboxes()
+        outbox = outboxes.new()
+        outbox.let_go()
+        outboxes.loop.settle()
+        assert written(outbox) == []
+
+    def test_found_slow_while_put_ahead_it_stays_closed_and_counts_nothing(self) -> None:
+        outboxes = Outboxes(max_bytes=100)
+        outbox = outboxes.new()
+        outbox.hold_back()
+        outbox.pause()
+        outbox.put(b"x" * 50)
+        assert not outbox.put_ahead(b"x" * 51)
+        assert outbox.closed
+        assert not outbox.holds_back
+        assert (outbox.size, outboxes.flusher.waiting_bytes) == (0, 0)
+        outboxes.loop.settle()
+        assert written(outbox) == []
+
+
+class TestClosing:
+    def test_what_was_not_written_is_dropped(self) -> None:
+        outboxes = Outboxes()
+        outbox = outboxes.new()
+        outbox.hold_back()
+        outbox.put(b"x")
+        outbox.put_ahead(b"y")
+        outbox.close()
+        assert not outbox.put(b"x")
+        assert not outbox.put_ahead(b"x")
+        outboxes.loop.settle()
+        assert written(outbox) == []
+        assert outboxes.flusher.waiting_bytes == 0
+
+    def test_flush_all_writes_everything_in_order(self) -> None:
+        outboxes = Outboxes()
+        outbox = outboxes.new()
+        outbox.hold_back()
+        outbox.put(b"c" * 70_000)
+        outbox.put_ahead(b"a" * 70_000)
+        outbox.put_ahead(b"b")
+        outbox.flush_all()
+        assert b"".join(written(outbox)) == b"a" * 70_000 + b"b" + b"c" * 70_000
+
+    def test_flush_all_writes_nothing_to_one_that_takes_nothing(self) -> None:
+        outboxes = Outboxes()
+        outbox = outboxes.new(RecordingSink(pauses_after=1))
+        outbox.put(b"a" * 70_000)
+        outbox.put(b"b" * 70_000)
+        outbox.flush_all()
+        assert [len(each) for each in written(outbox)] == [70_000]
+
+
+class TestDrained:
+    """On a real loop: somebody waits."""
+
+    @staticmethod
+    def outboxes() -> Outboxes:
+        outboxes = Outboxes()
+        outboxes.flusher.start(asyncio.get_running_loop())
+        return outboxes
+
+    async def test_at_once_where_nothing_waits(self) -> None:
+        await self.outboxes().new().drained()
+
+    async def test_when_what_waited_is_written(self) -> None:
+        outbox = self.outboxes().new()
+        outbox.put(b"x")
+        await outbox.drained()
+        assert written(outbox) == [b"x"]
+
+    async def test_ahead_of_what_is_held_back(self) -> None:
+        outbox = self.outboxes().new()
+        outbox.hold_back()
+        outbox.put(b"live")
+        outbox.put_ahead(b"replay")
+        await outbox.drained()
+        assert written(outbox) == [b"replay"]
+        await outbox.drained()
+
+    async def test_only_once_the_transport_takes_again(self) -> None:
+        outbox = self.outboxes().new()
+        outbox.pause()
+        waiting = asyncio.ensure_future(outbox.drained())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        outbox.resume()
+        await waiting
+
+    async def test_also_where_only_live_ones_wait_behind_the_replay(self) -> None:
+        outbox = self.outboxes().new()
+        outbox.hold_back()
+        outbox.pause()
+        waiting = asyncio.ensure_future(outbox.drained())
+        await asyncio.sleep(0)
+        outbox.put(b"live")
+        outbox.resume()
+        async with asyncio.timeout(5):
+            await waiting
+        assert written(outbox) == []
+
+    async def test_ends_with_the_connection(self) -> None:
+        outbox = self.outboxes().new()
+        outbox.pause()
+        outbox.put(b"x")
+        waiting = asyncio.ensure_future(outbox.drained())
+        await asyncio.sleep(0)
+        outbox.close()
+        await waiting
+        await outbox.drained()
+
+    async def test_one_who_gave_up_waiting_is_passed_over(self) -> None:
+        outbox = self.outboxes().new()
+        outbox.pause()
+        waiting = asyncio.ensure_future(outbox.drained())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        outbox.resume()
+        await outbox.drained()
+
+
+class TestPutAll:
+    """The fan-out's own loop does what `put` does."""
+
+    @staticmethod
+    def connections(outboxes: Outboxes, *transports: Transport) -> list[Connection]:
+        return [
+            outbox_of(outboxes.flusher, transport=transport).connection for transport in transports
+        ]
+
+    def test_each_transport_gets_its_own_encoding_of_the_same_bytes(self) -> None:
+        outboxes = Outboxes()
+        many = self.connections(outboxes, "websocket", "sse", "websocket", "sse")
+        assert list(outboxes.flusher.put_all(many, wire.PONG)) == []
+        assert outboxes.flusher.waiting_bytes == sum(each.outbox.size for each in many)
+        assert len(outboxes.loop.ready) == 1
+        outboxes.loop.settle()
+        frames = [written(each.outbox)[0] for each in many]
+        assert frames[0] is frames[2] is wire.PONG.websocket
+        assert frames[1] is frames[3] is wire.PONG.sse
+        assert outboxes.flusher.waiting_bytes == 0
+
+    def test_names_those_that_did_not_take_it(self) -> None:
+        outboxes = Outboxes(max_messages=2)
+        many = self.connections(outboxes, "websocket", "websocket", "sse", "websocket")
+        gone, slow, eager, waiting = (each.outbox for each in many)
+        gone.close()
+        slow.pause()
+        slow.put(b"1")
+        slow.put(b"2")
+        eager.put(b"1")
+        eager.put(b"2")
+        waiting.pause()
+        assert list(outboxes.flusher.put_all(many, wire.PONG)) == [many[0], many[1]]
+        assert outboxes.slow == [slow]
+        assert outboxes.flusher.waiting_bytes == waiting.size > 0
+        assert b"".join(written(eager)) == b"12" + wire.PONG.sse
+
+    def test_goes_behind_a_replay(self) -> None:
+        outboxes = Outboxes()
+        (connection,) = self.connections(outboxes, "websocket")
+        connection.outbox.hold_back()
+        outboxes.flusher.put_all([connection], wire.PONG)
+        connection.outbox.put_ahead(b"replay")
+        outboxes.loop.settle()
+        assert written(connection.outbox) == [b"replay"]
+        connection.outbox.let_go()
+        outboxes.loop.settle()
+        assert written(connection.outbox) == [b"replay", wire.PONG.websocket]
+
+    def test_too_much_in_total_gives_up_as_many_as_it_takes(self) -> None:
+        outboxes = Outboxes(total_bytes=10_000)
+        transports: list[Transport] = ["websocket"] * 100
+        many = self.connections(outboxes, *transports)
+        for n, each in enumerate(many):
+            each.outbox.pause()
+            each.outbox.put(b"x" * n)
+        message = wire.message("pong", padding="x" * 100)
+        refused = outboxes.flusher.put_all(many, message)
+        assert outboxes.flusher.waiting_bytes <= 10_000
+        assert len(refused) == len(outboxes.slow)
+        # The largest first, and none more than it takes.
+        assert list(refused) == many[-len(refused) :]
+        last = len(message.websocket) + 100 - len(refused)
+        assert outboxes.flusher.waiting_bytes + last > 10_000
