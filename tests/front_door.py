@@ -13,6 +13,7 @@ import contextlib
 import gc
 import json
 import os
+import socket
 import ssl
 import struct
 import time
@@ -553,9 +554,16 @@ class Host:
             assert (await stream.expect("subscribed"))["payload"] == list(channels)
         return stream
 
-    async def raw(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A bare connection to the server."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+    async def raw(
+        self, receive_buffer: int | None = None
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A bare connection to the server; with a small receive buffer it is soon full."""
+        bare = socket.socket()
+        bare.setblocking(False)
+        if receive_buffer is not None:
+            bare.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        await asyncio.get_running_loop().sock_connect(bare, ("127.0.0.1", self.port))
+        reader, writer = await asyncio.open_connection(sock=bare)
         self._clients.push_async_callback(_hang_up, writer)
         return reader, writer
 
@@ -566,9 +574,10 @@ class Host:
         jwt: str | None = None,
         query: str = "",
         greeted: bool = True,
+        receive_buffer: int | None = None,
     ) -> RawWebSocket:
         """A WebSocket that answers nothing by itself, after its handshake."""
-        reader, writer = await self.raw()
+        reader, writer = await self.raw(receive_buffer)
         head = [
             f"GET /ws{f'?{query}' if query else ''} HTTP/1.1",
             f"Host: {self.authority}",

@@ -1,4 +1,4 @@
-"""What clients say on their connections, what they are answered, and what backends change on them."""
+"""What clients say on their connections and are answered, and what backends change on them."""
 
 from __future__ import annotations
 
