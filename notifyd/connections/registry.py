@@ -9,23 +9,43 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from notifyd.connections.connection import Connection
+from notifyd.connections.outbox import Recipients
 
 
 class Channel:
     """A channel with at least one subscriber; `created_at` in Unix seconds."""
 
-    __slots__ = ("connections", "created_at", "name")
+    __slots__ = ("_recipients", "connections", "created_at", "name")
 
     def __init__(self, name: str, created_at: float) -> None:
         self.name = name
         self.created_at = created_at
         self.connections: dict[Connection, None] = {}
+        self._recipients: Recipients | None = None
+
+    def add(self, connection: Connection) -> None:
+        """It subscribes."""
+        self.connections[connection] = None
+        self._recipients = None
+
+    def remove(self, connection: Connection) -> None:
+        """It is subscribed no more."""
+        del self.connections[connection]
+        self._recipients = None
+
+    @property
+    def recipients(self) -> Recipients:
+        """The subscribers as they are now; the same object until one comes or goes."""
+        recipients = self._recipients
+        if recipients is None:
+            recipients = self._recipients = Recipients(self.connections)
+        return recipients
 
 
 class TenantConnections:
     """One tenant's connections, by their id, user and channel."""
 
-    __slots__ = ("channels", "connections", "name", "users")
+    __slots__ = ("_recipients", "channels", "connections", "name", "users")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -33,6 +53,35 @@ class TenantConnections:
         # A tuple is a third of a set's size, safe to iterate while it changes, and users have few.
         self.users: dict[str, tuple[Connection, ...]] = {}
         self.channels: dict[str, Channel] = {}
+        self._recipients: Recipients | None = None
+
+    def add(self, connection: Connection) -> None:
+        """It is connected."""
+        self.connections[connection.id] = connection
+        user_id = connection.identity.user_id
+        self.users[user_id] = (*self.users.get(user_id, ()), connection)
+        self._recipients = None
+
+    def remove(self, connection: Connection) -> bool:
+        """It is connected no more; False where it was not."""
+        if self.connections.pop(connection.id, None) is None:
+            return False
+        user_id = connection.identity.user_id
+        others = tuple(other for other in self.users[user_id] if other is not connection)
+        if others:
+            self.users[user_id] = others
+        else:
+            del self.users[user_id]
+        self._recipients = None
+        return True
+
+    @property
+    def recipients(self) -> Recipients:
+        """Everybody as it is now; the same object until one comes or goes."""
+        recipients = self._recipients
+        if recipients is None:
+            recipients = self._recipients = Recipients(self.connections.values())
+        return recipients
 
     def of_user(self, user_id: str) -> tuple[Connection, ...]:
         """The user's connections, oldest first."""
@@ -76,38 +125,33 @@ class Registry:
         tenant = self.tenants.get(name)
         if tenant is None:
             tenant = self.tenants[name] = TenantConnections(name)
-        user_id = connection.identity.user_id
-        tenant.connections[connection.id] = connection
-        tenant.users[user_id] = (*tenant.users.get(user_id, ()), connection)
+        tenant.add(connection)
         self.by_transport[connection.transport] += 1
 
     def remove(self, connection: Connection) -> None:
         """Take a connection out of every index; once out, again changes nothing."""
         tenant = self.tenants.get(connection.identity.tenant)
-        if tenant is None or tenant.connections.pop(connection.id, None) is None:
+        if tenant is None or not tenant.remove(connection):
             return
         for channel in connection.subscriptions:
             self._leave(tenant, connection, channel)
         connection.subscriptions = ()
-        user_id = connection.identity.user_id
-        others = tuple(other for other in tenant.users[user_id] if other is not connection)
-        if others:
-            tenant.users[user_id] = others
-        else:
-            del tenant.users[user_id]
         self.by_transport[connection.transport] -= 1
         if not tenant.connections:
             del self.tenants[tenant.name]
 
     def subscribe(self, connection: Connection, channel_name: str) -> bool:
-        """Index a registered connection by a channel; False where it was subscribed already."""
+        """Index a connection by a channel; False where it was subscribed already, or has ended."""
         if channel_name in connection.subscriptions:
             return False
-        tenant = self.tenants[connection.identity.tenant]
+        tenant = self.tenant(connection.identity.tenant)
+        if connection.id not in tenant.connections:
+            # Whoever tells several connections can find one of them closed by what he told another.
+            return False
         channel = tenant.channels.get(channel_name)
         if channel is None:
             channel = tenant.channels[channel_name] = Channel(channel_name, self._clock())
-        channel.connections[connection] = None
+        channel.add(connection)
         # The channel's own string, so that ten thousand subscribers share one.
         connection.subscriptions = (*connection.subscriptions, channel.name)
         self.subscriptions += 1
@@ -125,7 +169,7 @@ class Registry:
 
     def _leave(self, tenant: TenantConnections, connection: Connection, channel_name: str) -> None:
         channel = tenant.channels[channel_name]
-        del channel.connections[connection]
+        channel.remove(connection)
         self.subscriptions -= 1
         if not channel.connections:
             del tenant.channels[channel_name]
