@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from asyncio import AbstractEventLoop, Future
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
@@ -53,6 +53,19 @@ class Bounds:
         self.total_bytes = total_bytes
 
 
+class Recipients:
+    """Connections that get the same, counted by transport. It stands for this very set: where the
+    same name later reaches others, there is another one.
+    """
+
+    __slots__ = ("connections", "streams", "websockets")
+
+    def __init__(self, connections: Iterable[Connection]) -> None:
+        self.connections = tuple(connections)
+        self.streams = sum(connection.transport == "sse" for connection in self.connections)
+        self.websockets = len(self.connections) - self.streams
+
+
 class Flusher:
     """Flushes the outboxes that took something, once each loop turn, in slices."""
 
@@ -65,6 +78,9 @@ class Flusher:
         self._dirty: deque[Outbox] = deque()
         self._scheduled = False
         self._paused: set[Outbox] = set()
+        self._gathered_for: Recipients | None = None
+        self._gathered: list[Message] = []
+        self._gathered_bytes = 0
 
     def start(self, loop: AbstractEventLoop) -> None:
         """Flush in this loop's turns."""
@@ -73,49 +89,65 @@ class Flusher:
     def schedule(self, outbox: Outbox) -> None:
         """Flush this outbox in the coming loop turn."""
         self._dirty.append(outbox)
+        self._schedule_run()
+
+    def put_all(self, recipients: Recipients, message: Message) -> None:
+        """`Outbox.put` for many: what goes to the same recipients in one loop turn is joined once
+        for all of them, and put when the turn ends or anything else is put.
+        """
+        if recipients is not self._gathered_for:
+            self.spread()
+            self._gathered_for = recipients
+        self._gathered.append(message)
+        self._gathered_bytes += len(message.body)
+        if self._gathered_bytes > WRITE_BYTES:
+            self.spread()
+        self._schedule_run()
+
+    def spread(self) -> None:
+        """Put what was gathered. Called before anything else is put, so that order holds."""
+        recipients, messages = self._gathered_for, self._gathered
+        if recipients is None:
+            return
+        self._gathered_for, self._gathered, self._gathered_bytes = None, [], 0
+        websocket = sse = b""
+        if recipients.websockets:
+            websocket = b"".join([message.websocket for message in messages])
+        if recipients.streams:
+            sse = b"".join([message.sse for message in messages])
+        count = len(messages)
+        dirty = self._dirty
+        max_bytes, max_messages = self.bounds.max_bytes, self.bounds.max_messages
+        total = 0
+        for connection in recipients.connections:
+            outbox = connection.outbox
+            if outbox.closed:
+                continue
+            data = websocket if connection.transport == "websocket" else sse
+            outbox._frames.append(data)
+            length = len(data)
+            total += length
+            size = outbox.size = outbox.size + length
+            waiting = outbox.messages = outbox.messages + count
+            if not outbox._scheduled:
+                outbox._scheduled = True
+                dirty.append(outbox)
+            if size > max_bytes or waiting > max_messages:
+                self.waiting_bytes += total
+                total = 0
+                outbox.is_slow()
+        self.waiting_bytes += total
+        if self.waiting_bytes > self.bounds.total_bytes:
+            self.relieve()
+        self._schedule_run()
+
+    def _schedule_run(self) -> None:
         if not self._scheduled:
             self._scheduled = True
             self.loop.call_soon(self._run)
 
-    def put_all(self, connections: Sequence[Connection], message: Message) -> Sequence[Connection]:
-        """`Outbox.put` for many, without a call for each; those that did not take it."""
-        websocket, sse = message.websocket, b""
-        dirty = self._dirty
-        max_bytes, max_messages = self.bounds.max_bytes, self.bounds.max_messages
-        total = 0
-        refused: list[Connection] = []
-        for connection in connections:
-            outbox = connection.outbox
-            if connection.transport == "websocket":
-                data = websocket
-            else:
-                data = sse = sse or message.sse
-            if outbox.closed:
-                refused.append(connection)
-                continue
-            frames = outbox._frames
-            frames.append(data)
-            length = len(data)
-            size = outbox.size = outbox.size + length
-            total += length
-            if not outbox._scheduled:
-                outbox._scheduled = True
-                dirty.append(outbox)
-            if size > max_bytes or len(frames) > max_messages:
-                self.waiting_bytes += total
-                total = 0
-                if outbox.is_slow():
-                    refused.append(connection)
-        self.waiting_bytes += total
-        if dirty and not self._scheduled:
-            self._scheduled = True
-            self.loop.call_soon(self._run)
-        if self.waiting_bytes > self.bounds.total_bytes:
-            self.relieve()
-            refused = [connection for connection in connections if connection.outbox.closed]
-        return refused
-
     def _run(self) -> None:
+        self.spread()
         dirty = self._dirty
         time = self.loop.time
         deadline = time() + SLICE_SECONDS
@@ -130,7 +162,7 @@ class Flusher:
                     data = frames[0]
                     frames.clear()
                     self.waiting_bytes -= outbox.size
-                    outbox.size = 0
+                    outbox.size = outbox.messages = 0
                     outbox._write(data)
                 else:
                     outbox.flush()
@@ -179,6 +211,7 @@ class Outbox:
         "_write",
         "closed",
         "connection",
+        "messages",
         "paused",
         "sink",
         "size",
@@ -189,6 +222,7 @@ class Outbox:
         self._frames: list[bytes] = []
         self._ahead: list[bytes] | None = None
         self.size = 0
+        self.messages = 0
         self.sink = sink
         self._write = sink.write
         # Not closed nor paused, no replay on, nobody waits for it to drain.
@@ -201,18 +235,19 @@ class Outbox:
 
     def put(self, data: bytes) -> bool:
         """Take whole frames; False where the connection is closed, or was just found too slow."""
+        flusher = self._flusher
+        flusher.spread()
         if self.closed:
             return False
-        frames = self._frames
-        frames.append(data)
+        self._frames.append(data)
         size = self.size = self.size + len(data)
-        flusher = self._flusher
+        messages = self.messages = self.messages + 1
         waiting = flusher.waiting_bytes = flusher.waiting_bytes + len(data)
         if not self._scheduled:
             self._scheduled = True
             flusher.schedule(self)
         bounds = flusher.bounds
-        if size > bounds.max_bytes or len(frames) > bounds.max_messages:
+        if size > bounds.max_bytes or messages > bounds.max_messages:
             return not self.is_slow()
         if waiting > bounds.total_bytes:
             flusher.relieve()
@@ -224,7 +259,7 @@ class Outbox:
         and he is given up."""
         self._write_all()
         bounds = self._flusher.bounds
-        if self.size <= bounds.max_bytes and len(self._frames) <= bounds.max_messages:
+        if self.size <= bounds.max_bytes and self.messages <= bounds.max_messages:
             return False
         self._flusher.on_slow(self)
         return True
@@ -275,6 +310,8 @@ class Outbox:
         else:
             data = _take(frames)
         self.size -= len(data)
+        if not self.size:
+            self.messages = 0
         self._flusher.waiting_bytes -= len(data)
         self._write(data)
         if frames:
@@ -284,6 +321,7 @@ class Outbox:
 
     def flush_all(self) -> None:
         """Write everything before a close; nothing to a transport that takes nothing."""
+        self._flusher.spread()
         self.let_go()
         self._write_all()
 
@@ -326,7 +364,7 @@ class Outbox:
         self._frames.clear()
         self._ahead = None
         self._flusher.waiting_bytes -= self.size
-        self.size = 0
+        self.size = self.messages = 0
         self._flusher.resumed(self)
         self._tell_drained()
 

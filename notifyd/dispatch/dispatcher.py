@@ -10,11 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
-from notifyd.connections.connection import Connection, State
+from notifyd.connections.connection import State
 from notifyd.connections.outbox import Flusher
 from notifyd.connections.registry import Registry, TenantConnections
 from notifyd.dispatch.confirmation import Confirmations
-from notifyd.dispatch.targets import admitted, count_per_channel, may_await, resolve
+from notifyd.dispatch.targets import (
+    admitted,
+    count_per_channel,
+    may_await,
+    narrowed,
+    resolve,
+)
 from notifyd.eventually import Eventually, then
 from notifyd.metrics import Metrics
 from notifyd.notification import (
@@ -112,47 +118,30 @@ class Dispatcher:
         exclude: str | None,
     ) -> Receipt:
         found = resolve(tenant, target)
-        if not found:
-            counts = dict.fromkeys(target.names, 0) if target.type == "channels" else None
-            return Receipt(notification.id, Outcome.NOBODY, channels=counts)
-        connections = admitted(found, notification.audience, exclude)
-        # The expectation is there before the first bytes are, so that no ack can come too early.
-        if self._ledger is not None:
-            if notification.require_ack:
+        recipients = narrowed(found, notification.audience, exclude)
+        connections = recipients.connections
+        if connections:
+            # The expectation is there before the first bytes are: no ack can come too early.
+            if self._ledger is None:
+                pass
+            elif notification.require_ack:
                 users = {connection.identity.user_id: None for connection in connections}
                 self._ledger.expect(tenant_name, notification.id, tuple(users))
             else:
                 self._ledger.expect_anyone(tenant_name, notification.id)
-        message = message or notification_message(notification)
-        refused = self._offer(connections, message) if connections else ()
-        taken = len(connections) - len(refused)
-        if taken:
+            started = perf_counter()
+            self._flusher.put_all(recipients, message or notification_message(notification))
+            self._metrics.fanout_seconds.observe(perf_counter() - started)
+            self._count(recipients.websockets, recipients.streams)
             outcome = Outcome.DELIVERED
         else:
-            outcome = Outcome.NOBODY if connections else Outcome.FILTERED
+            outcome = Outcome.FILTERED if found.connections else Outcome.NOBODY
         counts = None
         if target.type == "channels":
-            taken_by = set(connections).difference(refused)
-            counts = count_per_channel(tenant, target.names, taken_by)
-        return Receipt(notification.id, outcome, taken, channels=counts)
+            counts = count_per_channel(tenant, target.names, recipients)
+        return Receipt(notification.id, outcome, len(connections), channels=counts)
 
-    def _offer(self, connections: Sequence[Connection], message: Message) -> Sequence[Connection]:
-        """Offer to each; those that did not take it."""
-        started = perf_counter()
-        streams = 0
-        if self._registry.by_transport["sse"]:
-            streams = sum(connection.transport == "sse" for connection in connections)
-        refused = self._flusher.put_all(connections, message)
-        failed_streams = sum(connection.transport == "sse" for connection in refused)
-        self._count(
-            len(connections) - streams - (len(refused) - failed_streams),
-            streams - failed_streams,
-            len(refused),
-        )
-        self._metrics.fanout_seconds.observe(perf_counter() - started)
-        return refused
-
-    def _count(self, websockets: int, streams: int, refused: int) -> None:
+    def _count(self, websockets: int, streams: int, refused: int = 0) -> None:
         if websockets:
             self._delivered_websocket.inc(websockets)
         if streams:

@@ -5,26 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from notifyd.connections.connection import Connection
+from notifyd.connections.outbox import Recipients
 from notifyd.connections.registry import TenantConnections
-from notifyd.notification import EVERYONE, Audience, Target
+from notifyd.notification import Audience, Target
+
+NOBODY = Recipients(())
 
 
-def resolve(tenant: TenantConnections, target: Target) -> list[Connection]:
-    """The local connections of a channel, several channels or a broadcast, each once.
-
-    A copy: a slow consumer that is found on the way leaves the indexes at once.
-    """
+def resolve(tenant: TenantConnections, target: Target) -> Recipients:
+    """The local connections of a channel, several channels or a broadcast, each once."""
     if target.type == "broadcast":
-        return list(tenant.connections.values())
-    members = [
-        tenant.channels[name].connections for name in target.names if name in tenant.channels
-    ]
-    if len(members) == 1:
-        return list(members[0])
+        return tenant.recipients
+    found = [tenant.channels[name] for name in target.names if name in tenant.channels]
+    if not found:
+        return NOBODY
+    if len(found) == 1:
+        return found[0].recipients
     united: dict[Connection, None] = {}
-    for connections in members:
-        united.update(connections)
-    return list(united)
+    for channel in found:
+        united.update(channel.connections)
+    return Recipients(united)
+
+
+def narrowed(
+    recipients: Recipients, audience: Audience, exclude_connection: str | None
+) -> Recipients:
+    """Those that the audience admits, without the sender's own connection."""
+    if exclude_connection is None and audience.type == "All":
+        return recipients
+    return Recipients(admitted(recipients.connections, audience, exclude_connection))
 
 
 def admitted(
@@ -35,7 +44,7 @@ def admitted(
         connections = [
             connection for connection in connections if connection.id != exclude_connection
         ]
-    if audience is EVERYONE or audience.type == "All":
+    if audience.type == "All":
         return connections
     return [connection for connection in connections if admits(audience, connection)]
 
@@ -57,9 +66,10 @@ def may_await(audience: Audience, user_id: str) -> bool:
 
 
 def count_per_channel(
-    tenant: TenantConnections, names: Iterable[str], taken_by: set[Connection]
+    tenant: TenantConnections, names: Iterable[str], recipients: Recipients
 ) -> dict[str, int]:
-    """How many subscribers of each channel took it."""
+    """How many of the recipients subscribe to each channel."""
+    taken_by = set(recipients.connections)
     counts = {}
     for name in names:
         channel = tenant.channels.get(name)
