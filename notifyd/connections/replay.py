@@ -50,15 +50,17 @@ class Replayer:
         written without a task."""
         connection.outbox.hold_back()
         first = self._read(connection, 0)
+        already = 0
         if isinstance(first, Page) and first.cursor is None:
-            replayed = self._send_page(connection, first)
+            already = self._send_page(connection, first)
             others, all_sent = self._send_others(connection)
+            already += others
             if all_sent:
-                self._finish(connection, replayed + others)
+                self._finish(connection, already)
                 return
             first = Page(())
         self._again[connection] = False
-        self._spawn(self._replay(connection, first))
+        self._spawn(self._replay(connection, first, already))
 
     def again(self, connection: Connection) -> None:
         """Something went back to the log of a user who is connected: replay it to him, marked."""
@@ -78,9 +80,9 @@ class Replayer:
             identity.tenant, identity.user_id, after=after, max_bytes=self._page_bytes
         )
 
-    async def _replay(self, connection: Connection, first: Eventually[Page]) -> None:
+    async def _replay(self, connection: Connection, first: Eventually[Page], already: int) -> None:
         try:
-            replayed = await self._send_pages(connection, await settled(first))
+            replayed = already + await self._send_pages(connection, await settled(first))
             all_sent = False
             while not all_sent and connection.state is State.OPEN:
                 await connection.outbox.drained()

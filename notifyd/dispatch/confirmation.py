@@ -20,13 +20,16 @@ from notifyd.connections.connection import Connection, Held, State
 from notifyd.connections.registry import Registry
 from notifyd.eventually import Eventually, chain, then
 from notifyd.notification import Notification
-from notifyd.queue.base import AckLedger, UserLogs
+from notifyd.queue.base import AckLedger, Rejection, UserLogs
 from notifyd.wire import ping_frame
 
 ASK_AT = 64
 """So many unconfirmed notifications on one connection are asked about at once, not at the next
 tick.
 """
+
+KEPT_SETTLED = 256
+"""So many settled notifications may be kept in memory, beyond twice as many as are held."""
 
 
 class AckAnswer(msgspec.Struct, frozen=True, gc=False):
@@ -71,19 +74,32 @@ class Confirmations:
 
     def hold(self, notification: Notification, connections: Sequence[Connection]) -> None:
         """These connections of one user just took it."""
-        held = Held(notification, list(connections), self._clock())
-        for connection in connections:
+        id = notification.id
+        takers = [
+            connection
+            for connection in connections
+            if connection.unconfirmed is None or id not in connection.unconfirmed
+        ]
+        if not takers:
+            # Sent again under the same id: one confirmation settles both.
+            return
+        held = Held(notification, takers, self._clock())
+        for connection in takers:
             connection.hold(held)
-            self._ask_soon(connection)
         self._oldest_first.append(held)
         self.held += 1
         if self.held > self._max_pending:
             self._move_oldest_to_log()
-        elif len(self._oldest_first) > 2 * self.held + 4096:
-            self._oldest_first = deque(held for held in self._oldest_first if not held.settled)
+        # Last, because a Ping can be what closes a connection, which then hands back what it holds.
+        for connection in connections:
+            self._ask_soon(connection)
 
     def share(self, held: Held, connection: Connection) -> None:
         """A further connection of the same user took it, from what the others hold."""
+        if held.settled:
+            # Writing it closed the last of the others, so that it went to the log meanwhile.
+            self.hold_stored(held.notification, connection)
+            return
         held.connections.append(connection)
         connection.hold(held)
         self._ask_soon(connection)
@@ -116,10 +132,13 @@ class Confirmations:
     def _let_go(self, held: Held) -> None:
         """No connection holds it any more."""
         held.settled = True
-        if not held.stored:
-            self.held -= 1
         for connection in held.connections:
             connection.forget(held.notification.id)
+        held.connections.clear()
+        if not held.stored:
+            self.held -= 1
+            if len(self._oldest_first) > 2 * self.held + KEPT_SETTLED:
+                self._oldest_first = deque(each for each in self._oldest_first if not each.settled)
 
     def _to_log(self, tenant: str, user_id: str, notification: Notification) -> Eventually[bool]:
         """Hand a notification back to the user's log; False where nothing keeps it."""
@@ -131,10 +150,16 @@ class Confirmations:
         ):
             self._on_lost(notification)
             return False
-        if self._ledger is not None:
-            self._ledger.expect(tenant, notification.id, (user_id,), queued=True)
-        stored = self._logs.enqueue(tenant, (user_id,), notification)
-        return then(stored, lambda rejections: rejections[0] is None)
+
+        def kept(rejections: Sequence[Rejection | None]) -> bool:
+            if rejections[0] is not None:
+                self._on_lost(notification)
+                return False
+            if self._ledger is not None:
+                self._ledger.expect(tenant, notification.id, (user_id,), queued=True)
+            return True
+
+        return then(self._logs.enqueue(tenant, (user_id,), notification), kept)
 
     def release(self, connection: Connection) -> None:
         """A connection ended: what only it held goes back to the user's log, in order.
@@ -142,6 +167,7 @@ class Confirmations:
         The connection must be out of the registry already.
         """
         self._to_ask.pop(connection, None)
+        connection.asked = None
         unconfirmed, connection.unconfirmed = connection.unconfirmed, None
         if not unconfirmed:
             return
@@ -256,9 +282,13 @@ class Confirmations:
 
     def confirm_outlived(self, connection: Connection, now: float) -> None:
         """An SSE stream lived on: what was written `idle_timeout` ago counts as received."""
-        if connection.unconfirmed is None or connection.acks or connection.outbox.paused:
+        outbox = connection.outbox
+        if connection.unconfirmed is None or connection.acks or outbox.paused or outbox.holds_back:
             return
         before = now - self._idle_timeout
+        if connection.opened_at > before:
+            # What it shares with older connections was delivered to them long before it was to it.
+            return
         self._confirm(
             connection, [id for id, held in connection.unconfirmed.items() if held.since <= before]
         )

@@ -8,7 +8,7 @@ import json
 from asyncio import AbstractEventLoop, Handle, TimerHandle
 from collections.abc import Callable, Coroutine, Sequence
 from contextvars import Context
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -66,14 +66,14 @@ class ManualLoop(AbstractEventLoop):
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         self.failures.append(context)
 
-    def call_soon(
+    def call_soon(  # type: ignore[override]  # no need for its type variables
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> Handle:
         handle = Handle(callback, args, self, context)
         self.ready.append(handle)
         return handle
 
-    def call_later(
+    def call_later(  # type: ignore[override]  # no need for its type variables
         self,
         delay: float,
         callback: Callable[..., object],
@@ -82,7 +82,7 @@ class ManualLoop(AbstractEventLoop):
     ) -> TimerHandle:
         return self.call_at(self.now + delay, callback, *args, context=context)
 
-    def call_at(
+    def call_at(  # type: ignore[override]  # no need for its type variables
         self,
         when: float,
         callback: Callable[..., object],
@@ -134,8 +134,9 @@ def manual_loop(clock: Clock | None = None) -> ManualLoop:
 class RecordingSink:
     """Takes everything and remembers it; after `pauses_after` bytes it pauses, as a socket does."""
 
-    def __init__(self, *, pings: bool = True, pauses_after: int | None = None) -> None:
-        self.pings = pings
+    pings: ClassVar[bool] = True
+
+    def __init__(self, *, pauses_after: int | None = None) -> None:
         self.pauses_after = pauses_after
         self.outbox: Outbox | None = None
         self.writes: list[bytes] = []
@@ -176,6 +177,12 @@ class RecordingSink:
 
     def clear(self) -> None:
         self.writes.clear()
+
+
+class RecordingStream(RecordingSink):
+    """The same without Pings: an SSE stream, or a WebSocket behind an ASGI server."""
+
+    pings: ClassVar[bool] = False
 
 
 def _events(data: bytes) -> list[dict[str, Any]]:
@@ -326,7 +333,7 @@ class World:
                 self.verifier, Origins(origins, development=False), cookie_name=cookie_name
             ),
             verify=verify or self.verifier.verify,
-            rules=ChannelRules(rules if rules is not None else {"*": ChannelRule("any")}),
+            rules=ChannelRules(rules if rules is not None else {"*": ChannelRule(subscribe="any")}),
             limits=limits or limits_of(),
             metrics=self.metrics,
             clock=self.clock,
@@ -383,7 +390,8 @@ class World:
         **claims: Any,
     ) -> Connected:
         """A connection as its handshake made it; what it was told so far is forgotten."""
-        sink = sink or RecordingSink(pings=transport == "websocket")
+        if sink is None:
+            sink = RecordingSink() if transport == "websocket" else RecordingStream()
         query = "&".join([f"acks={int(acks)}", *([f"channels={','.join(channels)}"])])
         handshake = Handshake(transport, query.encode(), [], address)
         who = None if anonymous else identity or Identity(user_id, **claims)
