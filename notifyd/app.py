@@ -255,9 +255,12 @@ class Notifyd(PublishingCalls):
             authenticate=authenticate,
         )
         api: ASGIApp = Api(self.guard, self.endpoints, client_address=self.proxies.client_address)
+        stream = Route("/sse", AsgiEndpoint(realtime.stream))
+        # Starlette would add HEAD, which opened a stream that nobody reads.
+        stream.methods = {"GET"}
         routes: list[BaseRoute] = [
             WebSocketRoute("/ws", AsgiEndpoint(realtime.websocket)),
-            Route("/sse", AsgiEndpoint(realtime.stream), methods=["GET"]),
+            stream,
             Mount("/", app=api),
         ]
         return Starlette(

@@ -150,6 +150,11 @@ class Api:
         for endpoint in endpoints:
             route = self._routes.setdefault(endpoint.path, _Route(endpoint.path))
             route.endpoints[endpoint.method] = endpoint
+        # Its GET stands beside this application; what else is asked of it comes here.
+        stream = self._routes["/sse"] = _Route("/sse")
+        stream.endpoints["GET"] = Endpoint(
+            guard, "GET", "/sse", _only_get, Description("", ""), access="open"
+        )
         self._exact = {path.encode(): route for path, route in self._routes.items()}
         self._patterns = [route for path, route in self._routes.items() if "{" in path]
         self._unmatched = Endpoint(
@@ -300,6 +305,10 @@ def _decoded(segment: bytes) -> str:
         return unquote_to_bytes(segment).decode()
     except UnicodeDecodeError as error:
         raise BadRequest("The path is not UTF-8.") from error
+
+
+def _only_get(request: Request) -> Any:
+    raise MethodNotAllowed("A stream is opened with GET; there is nothing in its head alone.")
 
 
 def _not_found(request: Request) -> Any:

@@ -63,15 +63,20 @@ UVICORN_ATTRIBUTES: Final = {
         "transport",
         "url",
     ),
-    "RequestResponseCycle": ("disconnected", "keep_alive", "message_event", "response_complete"),
+    "RequestResponseCycle": (
+        "disconnected",
+        "keep_alive",
+        "message_event",
+        "more_body",
+        "response_complete",
+        "response_started",
+    ),
     "FlowControl": ("pause_reading", "resume_reading", "resume_writing", "write_paused"),
     "ServerState": ("connections", "default_headers", "tasks", "total_requests"),
 }
 
 MAX_HEAD_BYTES = 16384
 MAX_HEADERS = 100
-# The ASGI routes answer a slow body themselves; so much later ends what would not read it at all.
-ASGI_BODY_GRACE_SECONDS = 5.0
 MAX_EARLY_BYTES = 65536
 
 _NEVER = float("inf")
@@ -121,6 +126,8 @@ class FastCycle:
     __slots__ = ("disconnected", "keep_alive", "response_complete")
 
     message_event = _NoEvent()
+    more_body = False
+    response_started = False
 
     def __init__(self, *, response_complete: bool) -> None:
         self.response_complete = response_complete
@@ -147,6 +154,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_head = False
         self._head_bytes = 0
         self._head_began = False
+        self._ended = False
+        self._upgrade_ignored = False
         self._endpoint: Endpoint | None = None
         self._length = 0
         self._body = b""
@@ -181,27 +190,35 @@ class HttpProtocol(HttpToolsProtocol):
             if len(self._early) > MAX_EARLY_BYTES:
                 self.transport.close()
             return
-        self._head_began = False
+        self._head_began = self._ended = False
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._upgrade(data[upgrade.args[0] :])
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                if not self._upgrade_ignored:
+                    self._upgrade(data[upgrade.args[0] :])
+                    return
+                data = self._without_upgrade(data[upgrade.args[0] :])
+                self._head_began = self._ended = False
+                self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._refuse_and_close(BadRequest("An upgrade cannot be pipelined."))
             return
         except httptools.HttpParserError:
             if not self._stream:
                 refusal = self._refusal or BadRequest("This is not a valid HTTP request.")
                 self._refuse_and_close(refusal)
             return
-        if self._in_head and not self._head_began:
+        if self._in_head and not (self._head_began and self._ended):
             # The head of one request spans this whole chunk.
-            self._head_bytes += len(data)
+            self._head_bytes = len(data) + (0 if self._head_began else self._head_bytes)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse_and_close(_head_too_large())
 
     def timed_out(self) -> None:
         """The deadline for a head or a body passed; an idle connection is just closed."""
         self.deadline = _NEVER
-        if self._in_head or self._endpoint is not None:
+        if self._in_head or self._endpoint is not None or self._body_is_due():
             what = "head" if self._in_head else "body"
             self._refuse_and_close(RequestTimeout(f"The request's {what} did not arrive in time."))
         else:
@@ -247,7 +264,11 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Choose the lane."""
         self._in_head = False
-        method = self.parser.get_method()
+        parser = self.parser
+        method = parser.get_method()
+        if parser.should_upgrade() and method != b"CONNECT" and not self._should_upgrade():
+            self._upgrade_ignored = True
+            return
         if method == b"POST":
             endpoint = self._services.fast.get(self.url)
             if endpoint is not None and self._takes_fast_lane(endpoint):
@@ -259,7 +280,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._stream = True
             return
         self._check_length()
-        self.deadline = self.loop.time() + self._timeouts.body + ASGI_BODY_GRACE_SECONDS
+        self.deadline = self.loop.time() + self._timeouts.body
         super().on_headers_complete()
 
     def _check_length(self) -> None:
@@ -325,6 +346,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """A request is whole."""
+        self._ended = True
         endpoint = self._endpoint
         if endpoint is not None:
             self._endpoint = None
@@ -332,6 +354,9 @@ class HttpProtocol(HttpToolsProtocol):
             self._answer_fast(endpoint)
         elif self._stream:
             self._open_stream()
+        elif self._upgrade_ignored:
+            # The parser takes its body for another protocol's bytes; it is begun anew.
+            return
         else:
             answered = self.cycle is not None and self.cycle.response_complete
             self.deadline = self.loop.time() + self._timeouts.keep_alive if answered else _NEVER
@@ -424,10 +449,25 @@ class HttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         cycle = self.cycle
-        if cycle is None or cycle.response_complete:
+        if self._body_is_due():
+            # It is this cycle's own request that goes wrong.
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self.transport.write(self._render(self._refusal_answer(error, route), close=True))
+        elif cycle is None or cycle.response_complete:
             self.transport.write(self._render(self._refusal_answer(error, route), close=True))
         # Behind a request that is still being answered, an answer now would be taken for its own.
         self.transport.close()
+
+    def _body_is_due(self) -> bool:
+        """Whether ASGI has a request whose body is not yet whole, and has answered nothing."""
+        cycle = self.cycle
+        return (
+            cycle is not None
+            and cycle.more_body
+            and not cycle.response_started
+            and not self.pipeline
+        )
 
     # --- leaving for a protocol of its own ---
 
@@ -503,10 +543,27 @@ class HttpProtocol(HttpToolsProtocol):
 
     # --- WebSocket ---
 
+    def _without_upgrade(self, rest: bytes) -> bytes:
+        """The request again, with `rest` behind its head, for a new parser.
+
+        Any other upgrade may be ignored (RFC 9110, section 7.8); Java's client offers HTTP/2 with
+        every request. But the parser gives up a body for the new protocol's bytes, and would take
+        it for the next request.
+        """
+        self._upgrade_ignored = False
+        head = b"%b %b HTTP/%b\r\n" % (
+            self.parser.get_method(),
+            self.url,
+            self.parser.get_http_version().encode(),
+        )
+        for name, value in self.headers:
+            if name != b"upgrade":
+                head += b"%b: %b\r\n" % (name, value)
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        return head + b"\r\n" + rest
+
     def _upgrade(self, early: bytes) -> None:
-        if not self._should_upgrade():
-            # Any other upgrade may be ignored (RFC 9110, section 7.8): uvicorn has the request.
-            return
         path, _, query = self.url.partition(b"?")
         self.deadline = _NEVER
         if self._busy():

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import pytest_asyncio
 
+from notifyd.server.door import Timeouts
 from tests.adversity.hosting import Hosted, hosted
 
 
@@ -20,6 +21,15 @@ def _sockets_server() -> Iterator[Hosted]:
 @pytest.fixture(scope="session")
 def _asgi_server() -> Iterator[Hosted]:
     with hosted("asgi") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _hasty_server() -> Iterator[Hosted]:
+    timeouts = Timeouts(
+        first_byte=0.3, head=0.3, body=0.3, keep_alive=0.3, message=0.3, close=0.3, sweep=0.05
+    )
+    with hosted("sockets", timeouts=timeouts) as server:
         yield server
 
 
@@ -37,6 +47,13 @@ async def _watched(server: Hosted) -> AsyncIterator[Hosted]:
 async def sockets(_sockets_server: Hosted) -> AsyncIterator[Hosted]:
     """`notifyd serve`'s server; a bystander's WebSocket lives through the test."""
     async with _watched(_sockets_server) as watched:
+        yield watched
+
+
+@pytest_asyncio.fixture
+async def hasty(_hasty_server: Hosted) -> AsyncIterator[Hosted]:
+    """The same with timeouts of 0.3 s."""
+    async with _watched(_hasty_server) as watched:
         yield watched
 
 

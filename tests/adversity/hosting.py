@@ -16,6 +16,7 @@ import uvicorn
 import uvloop
 
 from notifyd.app import Notifyd, sockets_of
+from notifyd.server.door import Timeouts
 from notifyd.server.serve import listen, make_server
 from notifyd.settings import ChannelRule, Settings
 from tests.adversity.raw import RawClient, Response, connected, handshake, request
@@ -107,7 +108,9 @@ class _ErrorRecords(logging.Handler):
 
 
 @contextlib.contextmanager
-def hosted(lane: Lane, configured: Settings | None = None) -> Iterator[Hosted]:
+def hosted(
+    lane: Lane, configured: Settings | None = None, timeouts: Timeouts | None = None
+) -> Iterator[Hosted]:
     """A server in a thread with an event loop of its own, stopped at the end."""
     configured = configured or open_settings()
     notifyd = Notifyd(configured)
@@ -115,7 +118,7 @@ def hosted(lane: Lane, configured: Settings | None = None) -> Iterator[Hosted]:
     listener = listen("127.0.0.1", 0, configured.websocket.idle_timeout)
     server: uvicorn.Server
     if lane == "sockets":
-        serving = sockets_of(notifyd)
+        serving = sockets_of(notifyd, timeouts)
         server = make_server(serving, configured.server, announce=started.set)
     else:
         server = _Announcing(
