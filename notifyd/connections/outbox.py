@@ -147,12 +147,12 @@ class Flusher:
             self.loop.call_soon(self._run)
 
     def _run(self) -> None:
-        self.spread()
         dirty = self._dirty
         time = self.loop.time
         deadline = time() + SLICE_SECONDS
         countdown = CHECK_EVERY
         try:
+            self.spread()
             while dirty:
                 outbox = dirty.popleft()
                 frames = outbox._frames
@@ -266,6 +266,8 @@ class Outbox:
 
     def put_ahead(self, data: bytes) -> bool:
         """Take what may not wait behind a replay: the replay itself, and replies."""
+        # First, because what was gathered is live and belongs behind the replay.
+        self._flusher.spread()
         if self._ahead is None:
             return self.put(data)
         self._frames, held_back = self._ahead, self._frames
@@ -309,9 +311,10 @@ class Outbox:
             frames.clear()
         else:
             data = _take(frames)
+        size = self.size
         self.size -= len(data)
-        if not self.size:
-            self.messages = 0
+        # What was gathered stands here joined, so that the messages left can only be reckoned.
+        self.messages = self.messages * self.size // size
         self._flusher.waiting_bytes -= len(data)
         self._write(data)
         if frames:

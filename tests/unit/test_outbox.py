@@ -7,7 +7,15 @@ import pytest
 
 from notifyd import wire
 from notifyd.connections.connection import Connection, Transport
-from notifyd.connections.outbox import SLICE_SECONDS, WRITE_BYTES, Bounds, Flusher, Outbox
+from notifyd.connections.outbox import (
+    SLICE_SECONDS,
+    WRITE_BYTES,
+    Bounds,
+    Flusher,
+    Outbox,
+    Recipients,
+)
+from notifyd.wire import Message
 from tests.unit.connected import RecordingSink, manual_loop, outbox_of
 
 
@@ -387,8 +395,7 @@ class TestPutAll:
     def test_each_transport_gets_its_own_encoding_of_the_same_bytes(self) -> None:
         outboxes = Outboxes()
         many = self.connections(outboxes, "websocket", "sse", "websocket", "sse")
-        assert list(outboxes.flusher.put_all(many, wire.PONG)) == []
-        assert outboxes.flusher.waiting_bytes == sum(each.outbox.size for each in many)
+        outboxes.flusher.put_all(Recipients(many), wire.PONG)
         assert len(outboxes.loop.ready) == 1
         outboxes.loop.settle()
         frames = [written(each.outbox)[0] for each in many]
@@ -396,7 +403,7 @@ class TestPutAll:
         assert frames[1] is frames[3] is wire.PONG.sse
         assert outboxes.flusher.waiting_bytes == 0
 
-    def test_names_those_that_did_not_take_it(self) -> None:
+    def test_gives_up_those_that_do_not_take_it(self) -> None:
         outboxes = Outboxes(max_messages=2)
         many = self.connections(outboxes, "websocket", "websocket", "sse", "websocket")
         gone, slow, eager, waiting = (each.outbox for each in many)
@@ -407,7 +414,8 @@ class TestPutAll:
         eager.put(b"1")
         eager.put(b"2")
         waiting.pause()
-        assert list(outboxes.flusher.put_all(many, wire.PONG)) == [many[0], many[1]]
+        outboxes.flusher.put_all(Recipients(many), wire.PONG)
+        outboxes.flusher.spread()
         assert outboxes.slow == [slow]
         assert outboxes.flusher.waiting_bytes == waiting.size > 0
         assert b"".join(written(eager)) == b"12" + wire.PONG.sse
@@ -416,7 +424,7 @@ class TestPutAll:
         outboxes = Outboxes()
         (connection,) = self.connections(outboxes, "websocket")
         connection.outbox.hold_back()
-        outboxes.flusher.put_all([connection], wire.PONG)
+        outboxes.flusher.put_all(Recipients([connection]), wire.PONG)
         connection.outbox.put_ahead(b"replay")
         outboxes.loop.settle()
         assert written(connection.outbox) == [b"replay"]
@@ -432,10 +440,90 @@ class TestPutAll:
             each.outbox.pause()
             each.outbox.put(b"x" * n)
         message = wire.message("pong", padding="x" * 100)
-        refused = outboxes.flusher.put_all(many, message)
+        outboxes.flusher.put_all(Recipients(many), message)
+        outboxes.flusher.spread()
         assert outboxes.flusher.waiting_bytes <= 10_000
-        assert len(refused) == len(outboxes.slow)
         # The largest first, and none more than it takes.
-        assert list(refused) == many[-len(refused) :]
-        last = len(message.websocket) + 100 - len(refused)
+        slow = len(outboxes.slow)
+        assert outboxes.slow == [each.outbox for each in reversed(many[-slow:])]
+        last = len(message.websocket) + 100 - slow
         assert outboxes.flusher.waiting_bytes + last > 10_000
+
+    def test_what_goes_to_the_same_in_one_turn_is_joined_once(self) -> None:
+        outboxes = Outboxes()
+        recipients = Recipients(self.connections(outboxes, "websocket", "websocket", "sse"))
+        for _ in range(3):
+            outboxes.flusher.put_all(recipients, wire.PONG)
+        outboxes.loop.settle()
+        one, two, stream = (written(each.outbox) for each in recipients.connections)
+        assert one == [wire.PONG.websocket * 3]
+        assert one[0] is two[0]
+        assert stream == [wire.PONG.sse * 3]
+
+    def test_order_holds_whatever_else_is_put(self) -> None:
+        outboxes = Outboxes()
+        many = self.connections(outboxes, "websocket", "websocket")
+        everybody, first = Recipients(many), Recipients(many[:1])
+        outboxes.flusher.put_all(everybody, Message("1", b"{}"))
+        outboxes.flusher.put_all(first, Message("2", b"{}"))
+        many[1].outbox.put(Message("3", b"{}").websocket)
+        outboxes.flusher.put_all(everybody, Message("4", b"{}"))
+        many[0].outbox.put_ahead(Message("5", b"{}").websocket)
+        outboxes.flusher.put_all(everybody, Message("6", b"{}"))
+        many[1].outbox.flush_all()
+        outboxes.flusher.put_all(everybody, Message("7", b"{}"))
+        outboxes.loop.settle()
+        types = [cast(RecordingSink, each.outbox.sink).types() for each in many]
+        assert types == [list("124567"), list("13467")]
+
+    def test_what_gathers_while_a_replay_is_on_stays_behind_it(self) -> None:
+        outboxes = Outboxes()
+        (connection,) = self.connections(outboxes, "websocket")
+        outbox = connection.outbox
+        outbox.hold_back()
+        outboxes.flusher.put_all(Recipients([connection]), Message("live", b"{}"))
+        outbox.put_ahead(Message("replay-1", b"{}").websocket)
+        outboxes.flusher.put_all(Recipients([connection]), Message("later", b"{}"))
+        outbox.put_ahead(Message("replay-2", b"{}").websocket)
+        outbox.let_go()
+        outboxes.loop.settle()
+        types = cast(RecordingSink, outbox.sink).types()
+        assert types == ["replay-1", "replay-2", "live", "later"]
+
+    def test_more_than_a_write_does_not_gather_any_longer(self) -> None:
+        outboxes = Outboxes()
+        (connection,) = self.connections(outboxes, "websocket")
+        recipients = Recipients([connection])
+        large = wire.message("x", padding="x" * 30_000)
+        outboxes.flusher.put_all(recipients, large)
+        outboxes.flusher.put_all(recipients, large)
+        assert connection.outbox.size == 0
+        outboxes.flusher.put_all(recipients, large)
+        assert connection.outbox.size == 3 * len(large.websocket)
+
+    def test_messages_are_counted_although_they_are_joined(self) -> None:
+        outboxes = Outboxes(max_messages=10)
+        (connection,) = self.connections(outboxes, "websocket")
+        connection.outbox.pause()
+        for _ in range(11):
+            assert outboxes.slow == []
+            outboxes.flusher.put_all(Recipients([connection]), wire.PONG)
+        outboxes.flusher.spread()
+        assert outboxes.slow == [connection.outbox]
+
+    def test_one_that_keeps_up_although_never_all_at_once_is_not_slow(self) -> None:
+        outboxes = Outboxes(max_messages=10)
+        sink = RecordingSink()
+        outbox = outboxes.new(sink)
+        frame = b"x" * (WRITE_BYTES // 2)
+        for _ in range(4):
+            outbox.put(frame)
+        for _ in range(50):
+            # Two frames are taken, four wait at most; it is never empty.
+            outbox.resume()
+            outbox.flush()
+            outbox.pause()
+            assert outbox.put(frame)
+            assert outbox.put(frame)
+            assert outbox.messages <= 4
+        assert outboxes.slow == []
