@@ -21,12 +21,12 @@ class TrustedProxies:
         A peer that is not trusted is the client itself, whatever it claims. Header names are in
         lower case.
         """
-        if not (self._everybody or self._networks) or not self._trusts(peer):
-            return peer
         hops: list[str] = []
         for name, value in headers:
             if name == b"x-forwarded-for":
                 hops += value.decode("latin-1").split(",")
+        if not hops or not self._trusts(peer):
+            return peer
         client = peer
         for hop in reversed(hops):
             address = _bare(hop)

@@ -175,10 +175,17 @@ class Lifecycle:
                 retry_after=LIMIT_RETRY_AFTER,
             )
 
-    def connect(self, handshake: Handshake, identity: Identity | None, sink: Sink) -> Connection:
+    def connect(
+        self,
+        handshake: Handshake,
+        identity: Identity | None,
+        sink: Sink,
+        *,
+        opening: bytes = b"",
+    ) -> Connection:
         """A connection for a handshake that was accepted; without an identity it waits for Auth.
 
-        The sink must be able to write already.
+        The sink must be able to write already; `opening` is written before anything else.
         """
         connection = Connection(
             new_uuid(),
@@ -189,6 +196,8 @@ class Lifecycle:
             acks=handshake.acks,
             now=self._clock(),
         )
+        if opening:
+            connection.outbox.put(opening)
         if identity is None:
             self._await_auth(connection)
         else:

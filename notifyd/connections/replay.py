@@ -116,6 +116,8 @@ class Replayer:
         return replayed
 
     def _send_page(self, connection: Connection, page: Page) -> int:
+        if not page.entries and page.overflow is None:
+            return 0
         if page.overflow is not None:
             stream = f"user:{connection.identity.user_id}"
             overflow = page.overflow
