@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 from urllib.parse import quote
 
@@ -39,6 +39,7 @@ class Call(Generic[T]):
 
     `repeatable`: whether it may be made again when nobody knows if the server acted on it, because
     acting twice is the same as once, or because the server knows it by its Idempotency-Key.
+    `idempotency_key` is the caller's own; the header has one in any case.
     """
 
     method: str
@@ -48,6 +49,7 @@ class Call(Generic[T]):
     headers: Mapping[str, str] = field(default_factory=dict)
     credential: Literal["key", "token"] = "key"
     repeatable: bool = True
+    idempotency_key: str | None = None
 
 
 class Audience(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -153,7 +155,7 @@ def send(message: Message) -> Call[Receipt]:
     else:
         path, name = _ROUTES[target["type"]]
         body = {name: target["value"], **message.content}
-    return _post(path, body, Receipt, headers=_idempotent(message.idempotency_key))
+    return _publish(path, body, Receipt, message.idempotency_key)
 
 
 def batch(
@@ -179,7 +181,7 @@ def batch(
         "options": {"stop_on_error": stop_on_error, "deduplicate": deduplicate},
     }
     path = "/api/v1/notifications/batch"
-    return _post(path, body, BatchReceipt, headers=_idempotent(idempotency_key))
+    return _publish(path, body, BatchReceipt, idempotency_key)
 
 
 def notification_acks(notification_id: str) -> Call[dict[str, Any]]:
@@ -303,6 +305,10 @@ def health() -> Call[Health]:
 
 
 _JSON = {"Content-Type": "application/json"}
+
+
+def _publish(path: str, body: Mapping[str, Any], answer: type[T], key: str | None) -> Call[T]:
+    return replace(_post(path, body, answer, headers=_idempotent(key)), idempotency_key=key)
 
 
 def _idempotent(key: str | None) -> dict[str, str]:
