@@ -493,7 +493,7 @@ class TestShells:
         run = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=True
         )
-        assert run.stdout.strip() == "[]"
+        assert run.stdout.strip() == "['notifyd.version']"
 
 
 def text(type: str, **fields: Any) -> bytes:
