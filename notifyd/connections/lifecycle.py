@@ -365,7 +365,11 @@ class Lifecycle:
             if identity is not None:
                 use(connection, identity)
         except NotifydError as refused:
-            self.close(connection, _auth_close_code(refused), refused.message, refused)
+            if connection.state is State.OPEN:
+                # As where the keys were at hand: a bad new token takes nothing away.
+                self._refuse(connection, refused)
+            else:
+                self.close(connection, _auth_close_code(refused), refused.message, refused)
         for data in waiting:
             self.receive(connection, data)
 
