@@ -377,7 +377,7 @@ class Host:
                     log_config=None,
                     access_log=False,
                     lifespan="on",
-                    timeout_graceful_shutdown=2,
+                    timeout_graceful_shutdown=1,
                     ssl_certfile=settings.server.tls_cert,
                     ssl_keyfile=settings.server.tls_key,
                 )
