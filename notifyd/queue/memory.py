@@ -39,9 +39,9 @@ class _Log:
 
     __slots__ = ("entries", "next_offset", "overflow")
 
-    def __init__(self) -> None:
+    def __init__(self, next_offset: int) -> None:
         self.entries: dict[str, _Stored] = {}
-        self.next_offset = 1
+        self.next_offset = next_offset
         self.overflow: Overflow | None = None
 
 
@@ -64,7 +64,11 @@ class MemoryUserLogs:
         self._clock = clock
         self._on_dropped = on_dropped
         self._logs: dict[tuple[str, str], _Log] = {}
+        # A log that is empty is forgotten; its user's next one begins above all that there were, so
+        # that no cursor stands beyond it.
+        self._last_offset = 0
         self._depth = 0
+        self._expired_uncounted = 0
 
     def enqueue(
         self, tenant: str, recipients: Sequence[str], notification: Notification
@@ -82,16 +86,29 @@ class MemoryUserLogs:
         if log is None:
             if self._depth >= self._max_messages:
                 return "queue_full"
-            log = self._logs[(tenant, user_id)] = _Log()
+            log = self._logs[(tenant, user_id)] = _Log(self._last_offset + 1)
         elif notification.id in log.entries:
             return None
-        full = len(log.entries) >= self._max_size_per_user or self._depth >= self._max_messages
-        if full and not self._give_up_one(log, notification):
-            return "queue_full"
+        if self._full(log):
+            # What is dead already makes room before what is alive.
+            self._expired_uncounted += self._drop_expired(log, self._clock())
+            if self._full(log) and not self._give_up_one(log, notification):
+                return "queue_full"
         log.entries[notification.id] = _Stored(Entry(log.next_offset, notification), expires_at)
+        self._last_offset = max(self._last_offset, log.next_offset)
         log.next_offset += 1
         self._depth += 1
         return None
+
+    def _full(self, log: _Log) -> bool:
+        return len(log.entries) >= self._max_size_per_user or self._depth >= self._max_messages
+
+    def _drop_expired(self, log: _Log, now: float) -> int:
+        late = [id for id, stored in log.entries.items() if stored.expires_at <= now]
+        for id in late:
+            del log.entries[id]
+        self._depth -= len(late)
+        return len(late)
 
     def _give_up_one(self, log: _Log, newcomer: Notification) -> bool:
         """Make room below the newcomer's priority or at it; False where it is the least itself."""
@@ -167,14 +184,11 @@ class MemoryUserLogs:
         part.
         """
         now = self._clock()
-        expired = 0
+        expired, self._expired_uncounted = self._expired_uncounted, 0
         for visited, ((tenant, user_id), log) in enumerate(list(self._logs.items())):
-            late = [id for id, stored in log.entries.items() if stored.expires_at <= now]
-            for id in late:
-                del log.entries[id]
-            self._depth -= len(late)
-            expired += len(late)
+            # Not one that was erased meanwhile: its entries are counted off already.
             if self._logs.get((tenant, user_id)) is log:
+                expired += self._drop_expired(log, now)
                 self._forget_if_empty(tenant, user_id, log)
             if visited % LOGS_PER_TURN == LOGS_PER_TURN - 1:
                 await asyncio.sleep(0)

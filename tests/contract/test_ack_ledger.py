@@ -1,0 +1,287 @@
+"""What `AckLedger` promises, whatever keeps it."""
+
+from __future__ import annotations
+
+import pytest
+
+from notifyd.eventually import settled
+from notifyd.queue.base import AckLedger, AckReport, AckStats, Confirmation
+from tests.contract.backends import NOW, Backend, Clock
+
+FIRST, SECOND = "6f1de0fd-0000-4000-8000-000000000001", "6f1de0fd-0000-4000-8000-000000000002"
+
+
+async def expect(
+    ledger: AckLedger, id: str, *users: str, tenant: str = "acme", queued: bool = False
+) -> None:
+    await settled(ledger.expect(tenant, id, users, queued=queued))
+
+
+async def acknowledge(
+    ledger: AckLedger, user: str, *ids: str, tenant: str = "acme"
+) -> frozenset[str]:
+    return await settled(ledger.acknowledge(tenant, user, ids))
+
+
+async def confirm(ledger: AckLedger, user: str, *ids: str) -> None:
+    await settled(ledger.confirm("acme", user, ids))
+
+
+async def report(ledger: AckLedger, id: str) -> AckReport | None:
+    return await settled(ledger.report("acme", id))
+
+
+async def states(ledger: AckLedger, id: str) -> dict[str, str]:
+    found = await report(ledger, id)
+    assert found is not None
+    return {each.user_id: each.state for each in found.recipients}
+
+
+async def stats(ledger: AckLedger) -> AckStats:
+    return await settled(ledger.stats())
+
+
+class TestExpecting:
+    async def test_each_recipient_is_pending_until_he_confirms(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann", "bob", "cleo")
+        assert (await stats(ledger)).pending == 3
+        clock.now += 2
+        assert await acknowledge(ledger, "bob", FIRST) == {FIRST}
+        await confirm(ledger, "cleo", FIRST)
+        found = await report(ledger, FIRST)
+        assert found is not None
+        assert (found.notification_id, found.sent_at, found.acks) == (FIRST, NOW, 0)
+        assert {each.user_id: each for each in found.recipients} == {
+            "ann": Confirmation("ann", "pending"),
+            "bob": Confirmation("bob", "confirmed", NOW + 2, "ack"),
+            "cleo": Confirmation("cleo", "confirmed", NOW + 2, "transport"),
+        }
+        assert (await stats(ledger)).pending == 1
+
+    async def test_queued_is_not_pending_until_it_is_sent(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann", queued=True)
+        assert await states(ledger, FIRST) == {"ann": "queued"}
+        assert (await stats(ledger)).pending == 0
+        clock.now += 1000
+        assert await settled(ledger.expire()) == 0
+        await expect(ledger, FIRST, "ann")
+        assert await states(ledger, FIRST) == {"ann": "pending"}
+        assert (await stats(ledger)).pending == 1
+
+    async def test_what_returns_to_the_queue_is_queued_again(self, backend: Backend) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann")
+        await expect(ledger, FIRST, "ann", queued=True)
+        assert await states(ledger, FIRST) == {"ann": "queued"}
+        assert (await stats(ledger)).pending == 0
+
+    @pytest.mark.parametrize("queued", [True, False])
+    async def test_what_was_confirmed_stays_so(self, backend: Backend, queued: bool) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann")
+        await acknowledge(ledger, "ann", FIRST)
+        await expect(ledger, FIRST, "ann", queued=queued)
+        assert await states(ledger, FIRST) == {"ann": "confirmed"}
+        assert (await stats(ledger)).pending == 0
+
+    async def test_again_is_pending_once(self, backend: Backend, clock: Clock) -> None:
+        ledger = await backend.ledger()
+        for _ in range(3):
+            await expect(ledger, FIRST, "ann")
+            clock.now += 1
+        assert (await stats(ledger)).pending == 1
+        clock.now += 100
+        assert await settled(ledger.expire()) == 1
+        assert (await stats(ledger)).pending == 0
+
+    async def test_more_recipients_may_follow(self, backend: Backend) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann")
+        await expect(ledger, FIRST, "bob", queued=True)
+        assert await states(ledger, FIRST) == {"ann": "pending", "bob": "queued"}
+
+
+class TestAcknowledging:
+    async def test_a_second_ack_is_taken_and_counts_once(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann")
+        for _ in range(3):
+            assert await acknowledge(ledger, "ann", FIRST) == {FIRST}
+            clock.now += 1
+        found = await report(ledger, FIRST)
+        assert found is not None
+        assert list(found.recipients) == [Confirmation("ann", "confirmed", NOW, "ack")]
+        assert (await stats(ledger)).acknowledged == 1
+        assert backend.told.acknowledged == [0.0]
+
+    async def test_a_stranger_is_refused(self, backend: Backend) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann")
+        await expect(ledger, SECOND, "ann", "bob")
+        assert await acknowledge(ledger, "bob", FIRST, SECOND, "unknown") == {SECOND}
+        assert await acknowledge(ledger, "ann", FIRST, tenant="globex") == frozenset()
+        assert await states(ledger, FIRST) == {"ann": "pending"}
+        await confirm(ledger, "bob", FIRST, "unknown")
+        assert await states(ledger, FIRST) == {"ann": "pending"}
+
+    async def test_what_is_queued_may_be_acked(self, backend: Backend) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann", queued=True)
+        assert await acknowledge(ledger, "ann", FIRST) == {FIRST}
+        assert await states(ledger, FIRST) == {"ann": "confirmed"}
+        assert (await stats(ledger)).pending == 0
+
+    async def test_an_ack_says_more_than_the_transport(self, backend: Backend) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann")
+        await confirm(ledger, "ann", FIRST)
+        assert (await stats(ledger)).acknowledged == 0
+        await acknowledge(ledger, "ann", FIRST)
+        await confirm(ledger, "ann", FIRST)
+        found = await report(ledger, FIRST)
+        assert found is not None
+        assert [each.by for each in found.recipients] == ["ack"]
+        assert (await stats(ledger)).acknowledged == 1
+
+    async def test_one_that_expects_nobody_takes_anybodys_of_its_tenant(
+        self, backend: Backend
+    ) -> None:
+        ledger = await backend.ledger()
+        await settled(ledger.expect_anyone("acme", FIRST))
+        assert (await stats(ledger)).pending == 0
+        assert await acknowledge(ledger, "ann", FIRST) == {FIRST}
+        assert await acknowledge(ledger, "bob", FIRST) == {FIRST}
+        assert await acknowledge(ledger, "ann", FIRST, tenant="globex") == frozenset()
+        found = await report(ledger, FIRST)
+        assert found is not None
+        assert (list(found.recipients), found.acks) == ([], 2)
+
+    async def test_another_tenants_report_is_its_own(self, backend: Backend) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann", tenant="globex")
+        assert await report(ledger, FIRST) is None
+
+
+class TestExpiry:
+    async def test_after_the_timeout_and_an_ack_still_counts(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        ledger = await backend.ledger(timeout_seconds=30)
+        await expect(ledger, FIRST, "ann", "bob")
+        await acknowledge(ledger, "bob", FIRST)
+        clock.now += 29
+        assert await settled(ledger.expire()) == 0
+        clock.now += 1
+        assert await settled(ledger.expire()) == 1
+        assert await settled(ledger.expire()) == 0
+        assert await states(ledger, FIRST) == {"ann": "expired", "bob": "confirmed"}
+        figures = await stats(ledger)
+        assert (figures.pending, figures.expired, backend.told.expired) == (0, 1, 1)
+        assert await acknowledge(ledger, "ann", FIRST) == {FIRST}
+        assert await states(ledger, FIRST) == {"ann": "confirmed", "bob": "confirmed"}
+        assert (await stats(ledger)).pending == 0
+
+    async def test_counts_from_the_last_time_it_was_sent(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        ledger = await backend.ledger(timeout_seconds=30)
+        await expect(ledger, FIRST, "ann")
+        clock.now += 20
+        await expect(ledger, FIRST, "ann")
+        clock.now += 20
+        assert await settled(ledger.expire()) == 0
+        clock.now += 10
+        assert await settled(ledger.expire()) == 1
+
+    async def test_one_that_expired_may_be_sent_again(self, backend: Backend, clock: Clock) -> None:
+        ledger = await backend.ledger(timeout_seconds=30)
+        await expect(ledger, FIRST, "ann")
+        clock.now += 30
+        await settled(ledger.expire())
+        await expect(ledger, FIRST, "ann")
+        assert await states(ledger, FIRST) == {"ann": "pending"}
+        assert (await stats(ledger)).pending == 1
+
+    async def test_at_last_the_ledger_lets_go(self, backend: Backend, clock: Clock) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann")
+        await settled(ledger.expect_anyone("acme", SECOND))
+        await acknowledge(ledger, "ann", FIRST)
+        clock.now += 100_000
+        await settled(ledger.expire())
+        assert await report(ledger, FIRST) is None
+        assert await report(ledger, SECOND) is None
+        assert await acknowledge(ledger, "ann", FIRST, SECOND) == frozenset()
+        await confirm(ledger, "ann", FIRST)
+
+
+class TestBounds:
+    async def test_the_oldest_notification_goes_first(self, backend: Backend) -> None:
+        ledger = await backend.ledger(max_pending=8)
+        ids = [f"6f1de0fd-0000-4000-8000-{n:012d}" for n in range(10)]
+        for id in ids:
+            await expect(ledger, id, "ann")
+        kept = [id for id in ids if await report(ledger, id) is not None]
+        assert kept == ids[-len(kept) :]
+        assert 0 < len(kept) <= 8
+        figures = await stats(ledger)
+        assert figures.pending == len(kept)
+        assert figures.expired == backend.told.expired == 10 - len(kept)
+
+    async def test_those_without_recipients_are_bounded_too(self, backend: Backend) -> None:
+        ledger = await backend.ledger(max_pending=8)
+        ids = [f"6f1de0fd-0000-4000-8000-{n:012d}" for n in range(100)]
+        for id in ids:
+            await settled(ledger.expect_anyone("acme", id))
+        kept = [id for id in ids if await report(ledger, id) is not None]
+        assert kept == ids[-len(kept) :]
+        assert 0 < len(kept) <= 8
+        assert (await stats(ledger)).expired == 0
+
+    async def test_one_with_more_recipients_than_the_bound(self, backend: Backend) -> None:
+        ledger = await backend.ledger(max_pending=8)
+        await expect(ledger, FIRST, *[f"user-{n}" for n in range(20)])
+        assert (await stats(ledger)).pending <= 8
+        await expect(ledger, SECOND, "ann")
+        assert await states(ledger, SECOND) == {"ann": "pending"}
+
+
+class TestStats:
+    async def test_before_the_first_ack(self, backend: Backend) -> None:
+        ledger = await backend.ledger()
+        assert await stats(ledger) == AckStats(0, 0, 0, None, None)
+
+    async def test_times_are_from_sending_to_acking_in_milliseconds(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        ledger = await backend.ledger(timeout_seconds=1000)
+        ids = [f"6f1de0fd-0000-4000-8000-{n:012d}" for n in range(100)]
+        for id in ids:
+            await expect(ledger, id, "ann")
+        for id in ids:
+            clock.now += 1
+            await acknowledge(ledger, "ann", id)
+        figures = await stats(ledger)
+        assert (figures.pending, figures.acknowledged, figures.expired) == (0, 100, 0)
+        assert figures.average_ms == pytest.approx(50_500)
+        assert figures.p95_ms == pytest.approx(95_500, abs=501)
+        assert backend.told.acknowledged == pytest.approx(range(1, 101))
+
+    async def test_what_waited_in_the_queue_counts_from_when_it_was_sent(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann", queued=True)
+        clock.now += 500
+        await expect(ledger, FIRST, "ann")
+        clock.now += 2
+        await acknowledge(ledger, "ann", FIRST)
+        assert backend.told.acknowledged == pytest.approx([2.0])
