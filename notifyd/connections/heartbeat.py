@@ -18,6 +18,10 @@ TICK_SECONDS = 1.0
 _WEBSOCKET_HEARTBEAT = wire.HEARTBEAT.websocket + wire.ping_frame()
 
 
+def _heartbeat_asking(counter: int) -> bytes:
+    return wire.HEARTBEAT.websocket + wire.ping_frame(counter.to_bytes(4, "big"))
+
+
 class Heartbeat:
     """Beats for every connection it was given, until told to forget it.
 
@@ -124,7 +128,12 @@ class Heartbeat:
 
     def _beat(self, connection: Connection, now: float, sse_heartbeat: bytes) -> None:
         if connection.outbox.sink.pings:
-            connection.outbox.put_ahead(_WEBSOCKET_HEARTBEAT)
+            # A client may answer only the last of several Pings (RFC 6455, section 5.5.3), so one
+            # that is out is repeated, not overtaken.
+            asked = connection.asked
+            connection.outbox.put_ahead(
+                _WEBSOCKET_HEARTBEAT if asked is None else _heartbeat_asking(asked[0])
+            )
             # Where silence would end before the next visit, it is looked at in its own second.
             silent_at = connection.last_heard + self._idle_timeout
             if silent_at < now + self._interval:
