@@ -25,6 +25,7 @@ import httpx
 import jwt
 import msgspec
 import uvicorn
+from starlette.types import ASGIApp
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Origin, Subprotocol
@@ -333,12 +334,25 @@ class RawWebSocket:
 
 
 class Host:
-    """One running server and whoever is connected to it; `stop` ends both."""
+    """One running server and whoever is connected to it; `stop` ends both.
 
-    def __init__(self, lane: Lane, notifyd: Notifyd, clock: Clock) -> None:
+    `app` is what stock uvicorn serves, `root` where in it the server is mounted.
+    """
+
+    def __init__(
+        self,
+        lane: Lane,
+        notifyd: Notifyd,
+        clock: Clock,
+        *,
+        app: ASGIApp | None = None,
+        root: str = "",
+    ) -> None:
         self.lane = lane
         self.notifyd = notifyd
         self.clock = clock
+        self.app = app or notifyd.app
+        self.root = root
         self.port = 0
         self.secure = notifyd.settings.server.tls_cert is not None
         self.http: httpx.AsyncClient
@@ -354,12 +368,12 @@ class Host:
     @property
     def url(self) -> str:
         """Where HTTP is answered."""
-        return f"{'https' if self.secure else 'http'}://{self.authority}"
+        return f"{'https' if self.secure else 'http'}://{self.authority}{self.root}"
 
     @property
     def ws_url(self) -> str:
         """Where WebSockets are."""
-        return f"{'wss' if self.secure else 'ws'}://{self.authority}/ws"
+        return f"{'wss' if self.secure else 'ws'}://{self.authority}{self.root}/ws"
 
     async def start(self, tls: ssl.SSLContext | None = None) -> None:
         """Listen. The server's own main loop is left out: the test says when it ends."""
@@ -373,7 +387,7 @@ class Host:
         else:
             self._server = uvicorn.Server(
                 uvicorn.Config(
-                    self.notifyd.app,
+                    self.app,
                     log_config=None,
                     access_log=False,
                     lifespan="on",
@@ -611,15 +625,18 @@ async def running(
     settings: Settings | None = None,
     authenticate: Authenticate | None = None,
     tls: ssl.SSLContext | None = None,
+    embed: Callable[[Notifyd], ASGIApp] | None = None,
+    root: str = "",
     **given: dict[str, Any],
 ) -> AsyncIterator[Host]:
     """A server while the block runs; `given` are sections of settings, as `settings_of` has them.
 
-    `tls` is what its clients verify its certificate with.
+    `tls` is what its clients verify its certificate with; `embed` mounts it under `root` in an
+    application of the test's own.
     """
     clock = Clock()
     notifyd = Notifyd(settings or settings_of(**given), authenticate=authenticate, clock=clock)
-    host = Host(lane, notifyd, clock)
+    host = Host(lane, notifyd, clock, app=embed(notifyd) if embed else None, root=root)
     if tls is not None:
         host.http_verify = tls
     await host.start(tls)
