@@ -94,6 +94,10 @@ class ManualLoop(AbstractEventLoop):
         heapq.heappush(self.timers, (when, self._order, handle))
         return handle
 
+    def create_future(self) -> asyncio.Future[Any]:
+        """Coroutines of an asynchronous test wait on the loop that runs it."""
+        return asyncio.get_running_loop().create_future()
+
     def _timer_handle_cancelled(self, handle: TimerHandle) -> None:
         """asyncio's own bookkeeping; ours skips what was cancelled when its time comes."""
 

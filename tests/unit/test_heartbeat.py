@@ -124,7 +124,7 @@ class TestBeating:
         world = World()
         world.manual.advance(2)
         assert world.lateness == [0, 0]
-        # Held up for five seconds, it goes on from there and does not make up for each that it missed.
+        # Held up for five seconds, it goes on from there and makes up for one that it missed.
         world.manual.now += 5
         world.manual.advance(0)
         assert world.lateness[2:] == [4, 0]
