@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
 import os
 import socket
@@ -398,11 +397,7 @@ class Host:
             )
         self._server.config.load()
         self._server.lifespan = self._server.config.lifespan_class(self._server.config)
-        thresholds = gc.get_threshold()
         await self._server.startup([listener])
-        # What a server of long life does with the garbage collector is not for a test's process.
-        gc.unfreeze()
-        gc.set_threshold(*thresholds)
         await self._server.on_tick(0)
         self._running = True
         self.http = await self._clients.enter_async_context(
