@@ -18,6 +18,9 @@ from notifyd.errors import NotifydError, ValidationError
 from notifyd.identifiers import timestamp_text
 from notifyd.notification import MAX_NOTIFICATION_BYTES, MAX_PAYLOAD_DEPTH, Notification
 
+MAX_REASON = 200
+"""Characters of a decoder's sentence that are told."""
+
 MAX_CONTROL_PAYLOAD = 125
 """Bytes that a control frame may carry (RFC 6455, section 5.5)."""
 
@@ -297,10 +300,13 @@ def decode_client_message(text: str | bytes) -> ClientMessage:
     try:
         return _client_messages.decode(text)
     except msgspec.ValidationError as error:
+        text = str(error)
+        # It may hold what the client sent, up to 64 KiB of it.
+        shown = text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}…"
         raise InvalidMessage(
-            f"{error}. Known types: {', '.join(_KNOWN_TYPES)}."
-            if "$.type" in str(error) or "`type`" in str(error)
-            else f"{error}."
+            f"{shown}. Known types: {', '.join(_KNOWN_TYPES)}."
+            if "$.type" in text or "`type`" in text
+            else f"{shown}."
         ) from error
     except msgspec.DecodeError as error:
         raise InvalidMessage(f"The message is not JSON: {error}.") from error
@@ -310,6 +316,8 @@ def decode_client_message(text: str | bytes) -> ClientMessage:
 
 # --- payloads ---
 
+# Numbers stay text: a recipient may read digits that no float holds.
+_decode_strings = msgspec.json.Decoder(float_hook=str).decode
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
@@ -333,7 +341,7 @@ def normalise_payload(raw: msgspec.Raw | bytes, field: str = "payload") -> msgsp
         data = msgspec.json.format(bytes(raw), indent=-1)
         if b"\\u" in data:
             # A lone surrogate is valid by JSON's grammar, and no strict client could decode it.
-            msgspec.json.decode(data)
+            _decode_strings(data)
     except msgspec.DecodeError as error:
         raise ValidationError(f"{field} is not valid JSON: {error}.", field=field) from error
     except RecursionError as error:

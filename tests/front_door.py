@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
 import os
 import socket
@@ -33,7 +32,7 @@ from websockets.typing import Origin, Subprotocol
 from notifyd.api.realtime import Authenticate
 from notifyd.app import Notifyd, sockets_of
 from notifyd.options import Settings, sections
-from notifyd.server.serve import listen, make_server
+from notifyd.server.serve import Server, listen, make_server
 
 Lane = Literal["sockets", "asgi"]
 Transport = Literal["websocket", "sse"]
@@ -398,11 +397,7 @@ class Host:
             )
         self._server.config.load()
         self._server.lifespan = self._server.config.lifespan_class(self._server.config)
-        thresholds = gc.get_threshold()
         await self._server.startup([listener])
-        # What a server of long life does with the garbage collector is not for a test's process.
-        gc.unfreeze()
-        gc.set_threshold(*thresholds)
         await self._server.on_tick(0)
         self._running = True
         self.http = await self._clients.enter_async_context(
@@ -418,9 +413,21 @@ class Host:
             await self._server.shutdown()
 
     async def stop(self) -> None:
-        """Let the clients leave, then stop."""
+        """Let the clients leave; once nothing is left of them, stop without uvicorn's waits."""
         await self._clients.aclose()
-        await self.shut_down()
+        if not self._running:
+            return
+        self._running = False
+        server = self._server
+        for listener in server.servers:
+            listener.close()
+        door = server.door if isinstance(server, Server) else None
+        state = server.server_state
+        await until(lambda: not (state.connections or state.tasks), "the end of all requests")
+        if door is not None:
+            await until(lambda: not door.detached, "the end of all connections")
+            door.stop()
+        await server.lifespan.shutdown()
 
     # --- HTTP ---
 

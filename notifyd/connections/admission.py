@@ -7,7 +7,6 @@ without one and authenticate with its first message.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl
 
 from notifyd.auth import Origins, TokenVerifier
@@ -70,7 +69,8 @@ class Handshake:
             elif name == b"user-agent":
                 self.user_agent = value.decode("latin-1")[:MAX_USER_AGENT]
             elif name == b"cookie":
-                self.cookie = value.decode("latin-1")
+                # HTTP/2 may bring them in several (RFC 9113, section 8.2.3).
+                self.cookie += f"{value.decode('latin-1')};"
             elif name == b"sec-fetch-site":
                 self.same_origin = value == b"same-origin"
             elif name == b"sec-websocket-protocol":
@@ -165,15 +165,24 @@ class Admission:
     def _from_cookie(self, handshake: Handshake) -> str | None:
         if not self._cookie_name or not handshake.cookie:
             return None
-        try:
-            morsel = SimpleCookie(handshake.cookie).get(self._cookie_name)
-        except CookieError as error:
-            raise Unauthorized("The Cookie header cannot be read.") from error
-        if morsel is None:
+        value = _cookie(handshake.cookie, self._cookie_name)
+        if value is None:
             return None
         # A cookie goes along with every site's requests, so the page must be known (CSRF).
         if handshake.origin is None and not handshake.same_origin:
             raise Forbidden(
                 "A cookie is taken only with an allowed Origin or Sec-Fetch-Site: same-origin."
             )
-        return morsel.value
+        return value
+
+
+def _cookie(header: str, name: str) -> str | None:
+    """The first cookie of this name: the one with the longest path (RFC 6265, section 5.4).
+
+    Not by `http.cookies`, which finds none at all where another cookie holds, say, JSON.
+    """
+    for pair in header.split(";"):
+        found, equals, value = pair.partition("=")
+        if equals and found.strip() == name:
+            return value.strip().strip('"')
+    return None

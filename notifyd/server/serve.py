@@ -176,6 +176,7 @@ def serve(
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
+        log.info("listening", url=url)
         announce(url)
 
     server = make_server(serving, options, announce=started)

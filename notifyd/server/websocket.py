@@ -29,6 +29,9 @@ except ImportError:  # pragma: no cover  # a platform that websockets has no whe
 MESSAGES_PER_TURN = 64
 """A flood of small messages yields to the other connections after so many."""
 
+_LATER = 1 << 62
+"""More bytes than ever come: what rests is read in a later turn, whatever comes meanwhile."""
+
 _TEXT, _BINARY, _PING, _PONG = 0x81, 0x82, 0x89, 0x8A
 _WHOLE = (_TEXT, _BINARY, _PING, _PONG)
 
@@ -41,6 +44,7 @@ class WebSocketProtocol(asyncio.Protocol):
         "_connection",
         "_lifecycle",
         "_max_message_bytes",
+        "_needed",
         "_on_gone",
         "_parser",
         "_parts",
@@ -72,7 +76,8 @@ class WebSocketProtocol(asyncio.Protocol):
         self._parser: ServerProtocol | None = None
         self._parts: list[bytes] | None = None
         self._text = False
-        self._rest = b""
+        self._rest: bytes | bytearray = b""
+        self._needed = 0
         self._timer: TimerHandle | None = None
         self._closing = False
 
@@ -96,7 +101,6 @@ class WebSocketProtocol(asyncio.Protocol):
             parser = self._parser = self._new_parser()
         if parser.state is ParserState.OPEN:
             parser.send_close(code, _bounded(reason))
-        self._rest = b""
         self._transport.resume_reading()
         self._drain_parser(parser)
         self._restart_timer(self._timeouts.close, self._transport.abort)
@@ -114,7 +118,9 @@ class WebSocketProtocol(asyncio.Protocol):
         """The client caught up."""
         if self._connection is not None:
             self._connection.outbox.resume()
-        if not self._rest:
+        if self._needed == _LATER:
+            asyncio.get_running_loop().call_soon(self._continue)
+        else:
             self._transport.resume_reading()
 
     def eof_received(self) -> None:
@@ -132,25 +138,55 @@ class WebSocketProtocol(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Frames, whole or not."""
         if self._rest:
+            if type(self._rest) is not bytearray:
+                self._rest = bytearray(self._rest)
             self._rest += data
-            return
+            if len(self._rest) < self._needed:
+                return
+            data, self._rest = bytes(self._rest), b""
         self._read(data)
 
     def _read(self, data: bytes) -> None:
-        if self._parser is not None:
-            self._feed(self._parser, data)
-        else:
-            self._read_whole_frames(data)
+        position, end = 0, len(data)
+        turns = MESSAGES_PER_TURN
+        between_messages = False
+        while position < end:
+            if self._parser is None:
+                position, turns = self._read_whole_frames(data, position, turns)
+                if position == end:
+                    break
+                between_messages = between_messages or (position > 0 and self._parser is None)
+            elif self._parser.parser_exc is not None or self._parser.close_rcvd is not None:
+                # What follows a failure or a Close is not looked at (RFC 6455, section 7.1.7).
+                return
+            if not turns:
+                self._continue_later(data[position:])
+                break
+            stop = self._end_of_frame(data, position)
+            if stop > end:
+                self._rest, self._needed = data[position:], stop - position
+                break
+            if self._parser is None:
+                self._parser = self._new_parser()
+            self._feed(self._parser, data[position:stop])
+            position = stop
+            turns -= 1
+            between_messages = between_messages or self._parser is None
+        if not self._closing:
+            self._watch_message(begun=between_messages)
         if self._connection is not None:
             # A reply does not wait behind a broadcast that is being flushed.
             self._connection.outbox.flush()
 
-    def _read_whole_frames(self, data: bytes) -> None:
+    def _read_whole_frames(self, data: bytes, position: int, turns: int) -> tuple[int, int]:
+        """Read whole messages while there is nothing special about them.
+
+        Returns where that ended, and how many more may be read in this turn.
+        """
         connection = cast(Connection, self._connection)
         lifecycle = self._lifecycle
-        position, end = 0, len(data)
-        turns = MESSAGES_PER_TURN
-        while end - position >= 6:
+        end = len(data)
+        while turns and end - position >= 6:
             opcode, length = data[position], data[position + 1] - 128
             start = position + 6
             if length == 126 and end - position >= 8:
@@ -181,32 +217,46 @@ class WebSocketProtocol(asyncio.Protocol):
                 lifecycle.unsupported(connection)
             position = stop
             turns -= 1
-            if self._closing or not turns:
+            if self._closing:
                 break
-        if position == end:
-            return
-        rest = data[position:] if position else data
-        if self._parser is not None:
-            self._feed(self._parser, rest)
-        elif not turns:
-            self._continue_later(rest)
-        else:
-            self._parser = self._new_parser()
-            self._feed(self._parser, rest)
+        return position, turns
+
+    def _end_of_frame(self, data: bytes, position: int) -> int:
+        """Where the frame that begins at `position` ends, or how far its head must be there to tell
+        (RFC 6455, section 5.2). A frame over the limit is refused for its head alone, and ends with
+        what is there."""
+        end = len(data)
+        if end - position < 2:
+            return position + 2
+        length = data[position + 1] & 0x7F
+        start = position + (6 if data[position + 1] & 0x80 else 2)
+        if length > 125:
+            size = 2 if length == 126 else 8
+            if end - position < 2 + size:
+                return position + 2 + size
+            length = int.from_bytes(data[position + 2 : position + 2 + size], "big")
+            start += size
+        return end if length > self._max_message_bytes else start + length
 
     def _continue_later(self, rest: bytes) -> None:
-        self._rest = rest
+        self._rest, self._needed = rest, _LATER
         self._transport.pause_reading()
         asyncio.get_running_loop().call_soon(self._continue)
 
     def _continue(self) -> None:
-        rest, self._rest = self._rest, b""
-        if not rest or self._transport.is_closing():
+        if self._needed != _LATER or self._transport.is_closing():
             return
+        if self._paused():
+            # Who does not read is not read from: `resume_writing` comes back to this.
+            return
+        rest, self._rest, self._needed = bytes(self._rest), b"", 0
         self._read(rest)
-        paused = self._connection is not None and self._connection.outbox.paused
-        if not self._rest and not paused:
+        if self._needed != _LATER and not self._paused() and not self._transport.is_closing():
             self._transport.resume_reading()
+
+    def _paused(self) -> bool:
+        connection = self._connection
+        return connection is not None and connection.outbox.paused and not self._closing
 
     # --- what needs a parser ---
 
@@ -217,19 +267,14 @@ class WebSocketProtocol(asyncio.Protocol):
         parser.receive_data(data)
         for event in parser.events_received():
             self._handle(self._connection, event)
-        failed = parser.parser_exc is not None
-        if failed and not self._closing:
+        if parser.parser_exc is not None and not self._closing:
             self._fail(parser)
             return
         self._drain_parser(parser)
-        if self._closing:
-            return
-        if parser.current_size is None and not parser.reader.buffer:
+        if not self._closing and parser.current_size is None:
+            # It was fed whole frames only, and no message is in progress.
             self._parser = None
             self._parts = None
-            self._stop_timer()
-        elif self._timer is None:
-            self._restart_timer(self._timeouts.message, self._message_timed_out)
 
     def _handle(self, connection: Connection | None, event: object) -> None:
         opcode = event.opcode  # type: ignore[attr-defined]  # a server in state OPEN emits frames only
@@ -237,6 +282,8 @@ class WebSocketProtocol(asyncio.Protocol):
         if opcode is Opcode.CLOSE:
             self._closing = True
             if connection is not None:
+                # What it said before is answered before.
+                connection.outbox.flush()
                 self._lifecycle.lost(connection, "client")
         elif self._closing or connection is None:
             return
@@ -278,9 +325,8 @@ class WebSocketProtocol(asyncio.Protocol):
         if self._connection is not None:
             self._connection.outbox.flush_all()
             self._lifecycle.lost(self._connection, reason_for(code))
+        self._transport.resume_reading()
         self._drain_parser(parser)
-        self._transport.close()
-        self._restart_timer(self._timeouts.close, self._transport.abort)
 
     def _end(self, code: int, reason: str) -> None:
         if self._connection is not None:
@@ -289,9 +335,13 @@ class WebSocketProtocol(asyncio.Protocol):
     def _drain_parser(self, parser: ServerProtocol) -> None:
         for frame in parser.data_to_send():
             if not frame:
-                # Both have said Close: a server closes the TCP connection (RFC 6455, section
-                # 7.1.1).
-                self._transport.close()
+                # A server closes the TCP connection (RFC 6455, sections 7.1.1 and 7.1.7). A client
+                # that did not say Close may be sending still: closing with bytes unread would reset
+                # the connection, and our Close be lost with it.
+                if parser.close_rcvd is None and self._transport.can_write_eof():
+                    self._transport.write_eof()
+                else:
+                    self._transport.close()
                 self._restart_timer(self._timeouts.close, self._transport.abort)
             elif self._closing or self._connection is None:
                 self._transport.write(frame)
@@ -299,6 +349,13 @@ class WebSocketProtocol(asyncio.Protocol):
                 self._connection.outbox.put_ahead(frame)
 
     # --- the one timer, for a message or for a close ---
+
+    def _watch_message(self, *, begun: bool) -> None:
+        """See that what is in progress is finished in time; `begun`: it began just now."""
+        if self._parser is None and not (self._rest and self._needed != _LATER):
+            self._stop_timer()
+        elif begun or self._timer is None:
+            self._restart_timer(self._timeouts.message, self._message_timed_out)
 
     def _message_timed_out(self) -> None:
         self._end(NOTHING_HEARD, "a message was not finished in time")

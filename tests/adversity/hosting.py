@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import uvicorn
 import uvloop
@@ -47,15 +48,18 @@ class Hosted:
     @contextlib.asynccontextmanager
     async def websocket(
         self,
-        user: str = "u1",
+        user: str | None = None,
         *,
         query: str = "",
         early: bytes = b"",
         receive_buffer: int | None = None,
     ) -> AsyncIterator[RawClient]:
-        """A WebSocket that has read `connected`; `early` goes out with the handshake."""
+        """A WebSocket that has read `connected`, of a user of its own unless one is named.
+
+        `early` goes out with the handshake.
+        """
         async with self.connected(receive_buffer=receive_buffer) as client:
-            await client.send(handshake(f"/ws?token={token(user)}{query}"), early)
+            await client.send(handshake(f"/ws?token={token(user or uuid4().hex)}{query}"), early)
             response = await client.response()
             assert response.status == 101, response
             await client.message("connected")

@@ -1,0 +1,408 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from notifyd.connections.outbox import Bounds
+from notifyd.errors import Unavailable, ValidationError
+from notifyd.eventually import settled
+from notifyd.notification import (
+    Audience,
+    Notification,
+    Outcome,
+    Priority,
+    Receipt,
+    RecipientResult,
+    Target,
+)
+from notifyd.queue.base import Rejection
+from tests.unit.connected import Connected, RecordingSink, World, a_notification
+
+EVERYBODY = Target("broadcast")
+ORDERS = Target("channel", ("orders",))
+
+
+def users(*names: str) -> Target:
+    return Target("users", names)
+
+
+def subscriber(world: World, user_id: str, *channels: str, **claims: Any) -> Connected:
+    client = world.connect(user_id, subscribe=channels, **claims)
+    client.read()
+    return client
+
+
+def states(world: World, id: str) -> dict[str, str]:
+    report = world.ledger.report("default", id)
+    return {} if report is None else {each.user_id: each.state for each in report.recipients}
+
+
+class TestUser:
+    def test_delivered_to_each_of_his_connections(self) -> None:
+        world = World()
+        websocket, stream = world.connect(), world.connect(transport="sse")
+        receipt = world.send("u1")
+        assert receipt == Receipt(receipt.notification_id, Outcome.DELIVERED, delivered_to=2)
+        assert receipt.success
+        assert (
+            websocket.read_notifications()
+            == stream.read_notifications()
+            == [receipt.notification_id]
+        )
+        assert states(world, receipt.notification_id) == {"u1": "pending"}
+        assert world.metrics.deliveries_total.labels("websocket").value == 1
+        assert world.metrics.deliveries_total.labels("sse").value == 1
+
+    def test_queued_where_he_is_away(self) -> None:
+        world = World()
+        receipt = world.send("u1")
+        assert receipt == Receipt(receipt.notification_id, Outcome.QUEUED, queued=1)
+        assert states(world, receipt.notification_id) == {"u1": "queued"}
+        assert world.metrics.queue_enqueued_total.value == 1
+
+    def test_nobody_where_nothing_keeps_it(self) -> None:
+        world = World(queue=False)
+        receipt = world.send("u1")
+        assert receipt == Receipt(receipt.notification_id, Outcome.NOBODY)
+        assert not receipt.success
+        assert World().send("u1", ttl=0).outcome is Outcome.NOBODY
+
+    def test_ttl_0_reaches_who_is_connected(self) -> None:
+        world = World()
+        client = world.connect()
+        assert world.send("u1", ttl=0).outcome is Outcome.DELIVERED
+        assert len(client.read_notifications()) == 1
+
+    def test_filtered_by_its_audience(self) -> None:
+        world = World()
+        client = world.connect(roles=("user",))
+        client.read()
+        admins = Audience("Roles", frozenset({"admin"}))
+        assert world.send("u1", audience=admins).outcome is Outcome.FILTERED
+        assert client.read() == []
+
+    def test_filtered_where_his_only_connection_is_the_sender(self) -> None:
+        world = World()
+        client = world.connect()
+        assert world.send("u1", exclude_connection=client.id).outcome is Outcome.FILTERED
+        other = world.connect()
+        client.read()
+        receipt = world.send("u1", exclude_connection=client.id)
+        assert (receipt.outcome, receipt.delivered_to) == (Outcome.DELIVERED, 1)
+        assert len(other.read_notifications()) == 1
+        assert client.read() == []
+
+    @pytest.mark.parametrize(
+        ("audience", "outcome"),
+        [
+            (Audience("Users", frozenset({"u1"})), Outcome.QUEUED),
+            (Audience("Users", frozenset({"u2"})), Outcome.FILTERED),
+            (Audience("Roles", frozenset({"admin"})), Outcome.QUEUED),
+            (Audience("Channels", frozenset({"orders"})), Outcome.FILTERED),
+            (Audience("All"), Outcome.QUEUED),
+        ],
+    )
+    def test_away_he_is_judged_by_what_can_be_known(
+        self, audience: Audience, outcome: Outcome
+    ) -> None:
+        assert World().send("u1", audience=audience).outcome is outcome
+
+    def test_expired(self) -> None:
+        world = World()
+        client = world.connect()
+        client.read()
+        old = a_notification(ttl=10)
+        world.clock.now += 10
+        assert world.send("u1", old) == Receipt(old.id, Outcome.EXPIRED)
+        assert world.send(users("u1", "u2"), old).outcome is Outcome.EXPIRED
+        assert world.send(EVERYBODY, old).outcome is Outcome.EXPIRED
+        assert client.read() == []
+
+    def test_failed_where_a_full_queue_gives_up_the_new_one(self) -> None:
+        world = World(max_size_per_user=1)
+        world.send("u1", priority=Priority.HIGH)
+        receipt = world.send("u1", priority=Priority.LOW)
+        assert receipt == Receipt(
+            receipt.notification_id, Outcome.FAILED, failed=1, reason="queue_full"
+        )
+        assert not receipt.success
+        assert states(world, receipt.notification_id) == {}
+        assert world.metrics.delivery_failures_total.labels("queue_full").value == 1
+
+    def test_queued_where_his_connection_was_too_slow_behind_what_it_had(self) -> None:
+        world = World(bounds=Bounds(max_bytes=1 << 20, max_messages=2, total_bytes=1 << 30))
+        client = world.connect()
+        client.read()
+        client.connection.outbox.pause()
+        ids = [world.send("u1").notification_id for _ in range(2)]
+        receipt = world.send("u1")
+        assert receipt.outcome is Outcome.QUEUED
+        assert client.sink.closed == (4008, "too slow")
+        entries = world.logs.read("default", "u1").entries
+        assert [each.notification.id for each in entries] == [*ids, receipt.notification_id]
+        assert world.metrics.delivery_failures_total.labels("slow").value == 1
+
+    def test_another_tenants_user_is_not_he(self) -> None:
+        world = World()
+        client = world.connect(tenant="acme")
+        client.read()
+        assert world.send("u1").outcome is Outcome.QUEUED
+        assert client.read() == []
+        assert world.send("u1", tenant="acme").outcome is Outcome.DELIVERED
+
+    def test_without_a_ledger(self) -> None:
+        world = World(ledger=False)
+        world.connect()
+        assert world.send("u1").outcome is Outcome.DELIVERED
+        assert world.send(users("u1", "u2")).delivered_to == 1
+        assert world.send(EVERYBODY).delivered_to == 1
+
+    def test_order_is_that_of_the_calls_whatever_the_priority(self) -> None:
+        world = World()
+        client = subscriber(world, "u1", "orders")
+        order = [Priority.LOW, Priority.CRITICAL, Priority.NORMAL, Priority.HIGH] * 3
+        targets: list[Target | str] = ["u1", ORDERS, EVERYBODY, users("u1")]
+        ids = [
+            world.send(target, priority=priority).notification_id
+            for priority in order
+            for target in targets
+        ]
+        assert client.read_notifications() == ids
+
+
+class TestUsers:
+    def test_each_has_an_outcome_and_the_call_the_best(self) -> None:
+        world = World(max_size_per_user=1)
+        world.connect("here")
+        world.connect("here")
+        filtered = world.connect("filtered")
+        world.send("full", priority=Priority.CRITICAL)
+        receipt = world.send(
+            users("here", "away", "full", "filtered", "here"), exclude_connection=filtered.id
+        )
+        assert receipt.results == {
+            "here": RecipientResult(Outcome.DELIVERED, 2),
+            "away": RecipientResult(Outcome.QUEUED),
+            "full": RecipientResult(Outcome.FAILED, reason="queue_full"),
+            "filtered": RecipientResult(Outcome.FILTERED),
+        }
+        assert (receipt.outcome, receipt.delivered_to, receipt.queued, receipt.failed) == (
+            Outcome.DELIVERED,
+            2,
+            1,
+            1,
+        )
+        assert states(world, receipt.notification_id) == {"here": "pending", "away": "queued"}
+
+    @pytest.mark.parametrize(
+        ("options", "fields", "outcome"),
+        [
+            ({}, {}, Outcome.QUEUED),
+            ({"queue": False}, {}, Outcome.NOBODY),
+            ({}, {"ttl": 0}, Outcome.NOBODY),
+            ({}, {"audience": Audience("Channels", frozenset({"x"}))}, Outcome.FILTERED),
+        ],
+    )
+    def test_all_away(
+        self, options: dict[str, Any], fields: dict[str, Any], outcome: Outcome
+    ) -> None:
+        receipt = World(**options).send(users("u1", "u2"), **fields)
+        assert receipt.outcome is outcome
+        assert receipt.results is not None
+        assert [each.outcome for each in receipt.results.values()] == [outcome] * 2
+
+    def test_a_named_audience_narrows_them(self) -> None:
+        world = World()
+        world.connect("u1")
+        audience = Audience("Users", frozenset({"u1", "u3"}))
+        receipt = world.send(users("u1", "u2", "u3"), audience=audience)
+        assert receipt.results is not None
+        assert [each.outcome for each in receipt.results.values()] == [
+            Outcome.DELIVERED,
+            Outcome.FILTERED,
+            Outcome.QUEUED,
+        ]
+
+
+class TestConnected:
+    def test_a_broadcast_reaches_everybody_of_the_tenant(self) -> None:
+        world = World()
+        here = [world.connect("u1"), world.connect("u2", transport="sse")]
+        foreign = world.connect("u1", tenant="acme")
+        receipt = world.send(EVERYBODY)
+        assert (receipt.outcome, receipt.delivered_to) == (Outcome.DELIVERED, 2)
+        assert all(each.read_notifications() == [receipt.notification_id] for each in here)
+        assert foreign.read_notifications() == []
+        assert all(each.held() == [] for each in here)
+
+    def test_a_channel_its_subscribers(self) -> None:
+        world = World()
+        inside, outside = subscriber(world, "u1", "orders"), subscriber(world, "u2", "alerts")
+        receipt = world.send(ORDERS)
+        assert receipt == Receipt(receipt.notification_id, Outcome.DELIVERED, delivered_to=1)
+        assert inside.read_notifications() == [receipt.notification_id]
+        assert outside.read() == []
+
+    def test_several_channels_reach_each_connection_once_and_count_it_in_each(self) -> None:
+        world = World()
+        both = subscriber(world, "u1", "a", "b")
+        subscriber(world, "u2", "a")
+        left_out = subscriber(world, "u3", "b")
+        receipt = world.send(Target("channels", ("a", "b", "c")), exclude_connection=left_out.id)
+        assert receipt.delivered_to == 2
+        assert receipt.channels == {"a": 2, "b": 1, "c": 0}
+        assert both.read_notifications() == [receipt.notification_id]
+
+    def test_nobody_is_there(self) -> None:
+        world = World()
+        subscriber(world, "u1", "a")
+        assert world.send(ORDERS).outcome is Outcome.NOBODY
+        receipt = world.send(Target("channels", ("b", "c")))
+        assert (receipt.outcome, receipt.channels) == (Outcome.NOBODY, {"b": 0, "c": 0})
+        assert World().send(EVERYBODY).outcome is Outcome.NOBODY
+        assert world.ledger.report("default", receipt.notification_id) is None
+
+    def test_nobody_is_meant(self) -> None:
+        world = World()
+        client = subscriber(world, "u1", "orders")
+        assert world.send(EVERYBODY, exclude_connection=client.id).outcome is Outcome.FILTERED
+        admins = Audience("Roles", frozenset({"admin"}))
+        assert world.send(ORDERS, audience=admins).outcome is Outcome.FILTERED
+        receipt = world.send(Target("channels", ("orders",)), audience=admins)
+        assert (receipt.outcome, receipt.channels) == (Outcome.FILTERED, {"orders": 0})
+        assert client.read() == []
+
+    @pytest.mark.parametrize(
+        ("audience", "reached"),
+        [
+            (Audience(), {"ann", "bob", "cleo"}),
+            (Audience("Roles", frozenset({"admin", "root"})), {"ann"}),
+            (Audience("Users", frozenset({"bob", "zoe"})), {"bob"}),
+            (Audience("Channels", frozenset({"alerts"})), {"bob", "cleo"}),
+        ],
+    )
+    def test_an_audience_narrows(self, audience: Audience, reached: set[str]) -> None:
+        world = World()
+        clients = {
+            "ann": subscriber(world, "ann", "orders", roles=("admin", "user")),
+            "bob": subscriber(world, "bob", "orders", "alerts"),
+            "cleo": subscriber(world, "cleo", "alerts"),
+        }
+        assert world.send(EVERYBODY, audience=audience).delivered_to == len(reached)
+        assert {name for name, each in clients.items() if each.read_notifications()} == reached
+
+    def test_who_must_ack_is_expected_to(self) -> None:
+        world = World()
+        subscriber(world, "u1", "orders")
+        subscriber(world, "u1", "orders")
+        subscriber(world, "u2", "orders")
+        required = world.send(ORDERS, require_ack=True)
+        assert states(world, required.notification_id) == {"u1": "pending", "u2": "pending"}
+        plain = world.send(ORDERS)
+        report = world.ledger.report("default", plain.notification_id)
+        assert (list(report.recipients), report.acks) == ([], 0)
+
+    def test_one_that_leaves_is_not_reached(self) -> None:
+        world = World()
+        staying, leaving = subscriber(world, "u1", "orders"), subscriber(world, "u2", "orders")
+        world.send(ORDERS)
+        leaving.lose()
+        assert world.send(ORDERS).delivered_to == 1
+        staying.say("Unsubscribe", channels=["orders"])
+        assert world.send(ORDERS).outcome is Outcome.NOBODY
+        assert len(staying.read_notifications()) == 2
+
+    def test_a_slow_one_does_not_keep_it_from_the_others(self) -> None:
+        world = World(bounds=Bounds(max_bytes=1000, max_messages=1000, total_bytes=1 << 30))
+        clients = [subscriber(world, f"u{n}", "orders") for n in range(3)]
+        slow = clients[1]
+        slow.connection.outbox.pause()
+        slow.connection.outbox.put(b"x" * 999)
+        world.send(ORDERS)
+        world.flush()
+        assert slow.sink.closed == (4008, "too slow")
+        assert [len(each.read_notifications()) for each in (clients[0], clients[2])] == [1, 1]
+        assert world.send(ORDERS).delivered_to == 2
+
+
+class TestLimits:
+    def test_over_64_kib_encoded_is_refused_whoever_is_there(self) -> None:
+        world = World()
+        large = a_notification(payload=b'"%s"' % (b"x" * 65_530))
+        for target in ("u1", users("u1"), ORDERS, EVERYBODY):
+            with pytest.raises(ValidationError) as caught:
+                world.send(target, large)
+            assert caught.value.field == "payload"
+        assert world.logs.depth() == 0
+
+    def test_what_fits_is_encoded_once(self) -> None:
+        world = World()
+        clients = [world.connect(f"u{n}", sink=RecordingSink()) for n in range(2)]
+        for each in clients:
+            each.read()
+        world.send(EVERYBODY)
+        world.flush()
+        assert clients[0].sink.writes[0] is clients[1].sink.writes[0]
+
+
+class SlowStore:
+    """A store that must be awaited, in front of the memory's; it answers when a test has looked."""
+
+    def __init__(self, logs: Any, *, down: bool = False) -> None:
+        self.logs = logs
+        self.down = down
+
+    async def enqueue(
+        self, tenant: str, recipients: Sequence[str], notification: Notification
+    ) -> Sequence[Rejection | None]:
+        if self.down:
+            raise Unavailable("The store is away.", retry_after=1)
+        stored: Sequence[Rejection | None] = self.logs.enqueue(tenant, recipients, notification)
+        return stored
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.logs, name)
+
+
+class TestAwaiting:
+    @staticmethod
+    def world(*, down: bool = False) -> World:
+        return World(logs=SlowStore(World().logs, down=down))
+
+    async def test_who_is_connected_is_reached_at_once(self) -> None:
+        world = self.world()
+        world.connect()
+        assert isinstance(world.dispatch("u1"), Receipt)
+
+    async def test_the_receipt_comes_with_the_stores_answer(self) -> None:
+        world = self.world()
+        pending = world.dispatch("u1")
+        assert not isinstance(pending, Receipt)
+        receipt = await pending
+        assert (receipt.outcome, receipt.queued) == (Outcome.QUEUED, 1)
+        several = await settled(world.dispatch(users("u1", "u2")))
+        assert several.queued == 2
+
+    async def test_who_connected_meanwhile_gets_it_marked(self) -> None:
+        world = self.world()
+        pending = world.dispatch("u1")
+        client = world.connect()
+        client.read()
+        receipt = await pending
+        await world.tasks_done()
+        messages = client.read()
+        assert [each["id"] for each in messages] == [receipt.notification_id]
+        assert messages[0]["metadata"]["replayed"] is True
+
+    async def test_a_store_that_is_down_is_told(self) -> None:
+        world = self.world(down=True)
+        with pytest.raises(Unavailable):
+            await settled(world.dispatch("u1"))
+        assert world.metrics.queue_enqueued_total.value == 0
+
+
+def test_receipts_are_small() -> None:
+    assert msgspec.json.encode(RecipientResult(Outcome.QUEUED)) == b'{"outcome":"queued"}'
