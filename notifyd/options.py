@@ -349,6 +349,31 @@ class IdempotencySettings(Section, frozen=True, kw_only=True):
     max_keys: Annotated[int, count("keys"), says("Keys remembered, the last ones.")] = 100_000
 
 
+class BreakerSettings(Section, frozen=True, kw_only=True):
+    """When a store counts as down, and how often it is tried then; Redis and Postgres alike, each
+    for itself."""
+
+    failure_threshold: Annotated[
+        int,
+        count("failures"),
+        says("Calls that must fail one after the other to open the breaker."),
+    ] = 5
+    success_threshold: Annotated[
+        int, count("successes"), says("Probes that must succeed to close it again.")
+    ] = 2
+    reset_timeout_seconds: Annotated[
+        Seconds, says("While it is open, the store is probed at least so often.")
+    ] = 30
+    backoff_initial_ms: Annotated[
+        int,
+        count("milliseconds", 1, 3_600_000),
+        says("The first pause before a probe, at most; each next one may be twice as long."),
+    ] = 100
+    backoff_max_ms: Annotated[
+        int, count("milliseconds", 1, 3_600_000), says("The longest that a pause may grow.")
+    ] = 30_000
+
+
 class CorsSettings(Section, frozen=True, kw_only=True):
     """Which pages may connect."""
 
