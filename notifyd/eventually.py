@@ -11,6 +11,8 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 from typing_extensions import TypeIs
 
+from notifyd.errors import Unavailable
+
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -38,6 +40,24 @@ def then(value: Eventually[T], continuation: Callable[[T], U]) -> Eventually[U]:
 
 async def _after(value: Awaitable[T], continuation: Callable[[T], U]) -> U:
     return continuation(await value)
+
+
+def rescue(
+    work: Callable[[], Eventually[T]], alternative: Callable[[Unavailable], T]
+) -> Eventually[T]:
+    """What `work` gives, or `alternative` where a store is away, at once or when it is awaited."""
+    try:
+        value = work()
+    except Unavailable as error:
+        return alternative(error)
+    return _rescued(value, alternative) if is_awaitable(value) else value
+
+
+async def _rescued(value: Awaitable[T], alternative: Callable[[Unavailable], T]) -> T:
+    try:
+        return await value
+    except Unavailable as error:
+        return alternative(error)
 
 
 def chain(value: Eventually[Eventually[T]], continuation: Callable[[T], U]) -> Eventually[U]:

@@ -191,9 +191,12 @@ def connected_message(
     return message("connected", connection_id=connection_id, user_id=user_id, session=session)
 
 
-def gap_message(stream: str, first: int, last: int, reason: str) -> Message:
-    """What was missed, in band: offsets `first` to `last` of the stream."""
-    return Message("gap", _encode({"stream": stream, "from": first, "to": last, "reason": reason}))
+def gap_message(
+    stream: str, reason: str, first: int | None = None, last: int | None = None
+) -> Message:
+    """What was missed, in band: offsets `first` to `last` of the stream, where they are known."""
+    fields: dict[str, Any] = {"stream": stream, "from": first, "to": last, "reason": reason}
+    return message("gap", **fields)
 
 
 def error_message(error: NotifydError) -> Message:

@@ -30,11 +30,12 @@ class State(enum.Enum):
 class Held:
     """A notification to a user that was delivered and is not yet confirmed.
 
-    `connections` are those that took it. `stored`: the user's log has it too, so that nothing needs
-    to go back there; `since` in Unix seconds.
+    `connections` are those that took it. `stored`: the user's log has it for sure, so that nothing
+    needs to go back there; `in_log`: it has it or may have it, so that a confirmation must settle it
+    there; `since` in Unix seconds.
     """
 
-    __slots__ = ("connections", "notification", "settled", "since", "stored")
+    __slots__ = ("connections", "in_log", "notification", "settled", "since", "stored")
 
     def __init__(
         self,
@@ -43,11 +44,13 @@ class Held:
         since: float,
         *,
         stored: bool = False,
+        in_log: bool = False,
     ) -> None:
         self.notification = notification
         self.connections = connections
         self.since = since
         self.stored = stored
+        self.in_log = in_log or stored
         self.settled = False
 
 

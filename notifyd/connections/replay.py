@@ -7,17 +7,32 @@ entry is settled when it is confirmed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from notifyd import wire
 from notifyd.connections.connection import Connection, Held, State
 from notifyd.dispatch.confirmation import Confirmations
+from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.dispatch.targets import admits
-from notifyd.eventually import Eventually, settled
+from notifyd.eventually import Eventually, is_awaitable, rescue, settled
 from notifyd.metrics import Metrics
 from notifyd.notification import Notification
 from notifyd.queue.base import AckLedger, Page, UserLogs, entry_bytes
+
+STORE_SECONDS = 1.0
+"""A connecting user waits no longer for the store; what is live comes to him without it."""
+
+_UNAVAILABLE = Page(())
+
+
+async def _within(seconds: float, page: Awaitable[Page]) -> Page:
+    try:
+        async with asyncio.timeout(seconds):
+            return await page
+    except TimeoutError:
+        return _UNAVAILABLE
 
 
 class Replayer:
@@ -31,6 +46,7 @@ class Replayer:
         self,
         logs: UserLogs | None,
         ledger: AckLedger | None,
+        writes: StoreWrites,
         confirmations: Confirmations,
         metrics: Metrics,
         *,
@@ -39,11 +55,13 @@ class Replayer:
     ) -> None:
         self._logs = logs
         self._ledger = ledger
+        self._writes = writes
         self._confirmations = confirmations
         self._metrics = metrics
         self._page_bytes = page_bytes
         self._spawn = spawn
         self._again: dict[Connection, bool] = {}
+        self._without_store: dict[Connection, None] = {}
 
     def start(self, connection: Connection) -> None:
         """Replay before anything live. What fits into one page of a store that answers at once is
@@ -73,12 +91,35 @@ class Replayer:
         self._spawn(self._replay_again(connection))
 
     def _read(self, connection: Connection, after: int) -> Eventually[Page]:
+        """A page of the log; cancelling what is awaited gives the read up."""
         if self._logs is None:
             return Page(())
         identity = connection.identity
-        return self._logs.read(
-            identity.tenant, identity.user_id, after=after, max_bytes=self._page_bytes
+        logs = self._logs
+        page = rescue(
+            lambda: logs.read(
+                identity.tenant, identity.user_id, after=after, max_bytes=self._page_bytes
+            ),
+            lambda error: _UNAVAILABLE,
         )
+        return _within(STORE_SECONDS, page) if is_awaitable(page) else page
+
+    def store_is_back(self) -> None:
+        """Replay to those who connected, or were in the middle of it, while the store was away."""
+        waiting, self._without_store = self._without_store, {}
+        for connection in waiting:
+            self.again(connection)
+
+    def forget(self, connection: Connection) -> None:
+        """The connection ended."""
+        self._without_store.pop(connection, None)
+
+    def _do_without_store(self, connection: Connection) -> None:
+        """Say that something may be missing; it comes, marked, when the store is back."""
+        if connection.state is State.OPEN and connection not in self._without_store:
+            self._without_store[connection] = None
+            stream = f"user:{connection.identity.user_id}"
+            connection.reply(wire.gap_message(stream, "queue_unavailable"))
 
     async def _replay(self, connection: Connection, first: Eventually[Page], already: int) -> None:
         try:
@@ -116,13 +157,16 @@ class Replayer:
         return replayed
 
     def _send_page(self, connection: Connection, page: Page) -> int:
+        if page is _UNAVAILABLE:
+            self._do_without_store(connection)
+            return 0
         if not page.entries and page.overflow is None:
             return 0
         if page.overflow is not None:
             stream = f"user:{connection.identity.user_id}"
             overflow = page.overflow
             connection.reply(
-                wire.gap_message(stream, overflow.first, overflow.last, "queue_overflow")
+                wire.gap_message(stream, "queue_overflow", overflow.first, overflow.last)
             )
         notifications = [
             entry.notification
@@ -137,12 +181,15 @@ class Replayer:
         if self._ledger is not None:
             identity = connection.identity
             for notification in notifications:
-                self._ledger.expect(identity.tenant, notification.id, (identity.user_id,))
+                self._writes.note(
+                    self._ledger.expect, identity.tenant, notification.id, (identity.user_id,)
+                )
         return len(notifications)
 
     def _send_others(self, connection: Connection) -> tuple[int, bool]:
         """Up to a page of what the user's other connections hold, so that a half-open one withholds
-        nothing; how many, and whether that was all."""
+        nothing, and of what waits for a store that is away; how many, and whether that was all."""
+        homeless = self._send_homeless(connection)
         page: list[Held] = []
         size = 0
         all_sent = True
@@ -155,15 +202,31 @@ class Replayer:
                 break
             page.append(held)
         if not page or not self._write(connection, [held.notification for held in page]):
-            return 0, True
+            return homeless, True
         for held in page:
             self._confirmations.share(held, connection)
-        return len(page), all_sent
+        return homeless + len(page), all_sent
+
+    def _send_homeless(self, connection: Connection) -> int:
+        identity = connection.identity
+        waiting = self._writes.take_homeless(identity.tenant, identity.user_id)
+        wanted = [each for each in waiting if self._wanted(connection, each)]
+        if not wanted or not self._write(connection, wanted):
+            self._writes.give_back(identity.tenant, identity.user_id, waiting)
+            return 0
+        for notification in wanted:
+            self._confirmations.hold_homeless(notification, connection)
+        left = [each for each in waiting if each not in wanted]
+        self._writes.give_back(identity.tenant, identity.user_id, left)
+        return len(wanted)
 
     def _wanted(self, connection: Connection, notification: Notification) -> bool:
         """Not what it has already, nor what its audience keeps from it."""
         known = connection.unconfirmed
         if known is not None and notification.id in known:
+            return False
+        identity = connection.identity
+        if self._writes.is_unsettled(identity.tenant, identity.user_id, notification.id):
             return False
         return admits(notification.audience, connection)
 

@@ -18,9 +18,11 @@ import msgspec
 
 from notifyd.connections.connection import Connection, Held, State
 from notifyd.connections.registry import Registry
-from notifyd.eventually import Eventually, chain, then
+from notifyd.dispatch.store_writes import StoreWrites
+from notifyd.errors import Unavailable
+from notifyd.eventually import Eventually, chain, rescue, then
 from notifyd.notification import Notification
-from notifyd.queue.base import AckLedger, Rejection, UserLogs
+from notifyd.queue.base import AckLedger, UserLogs
 from notifyd.wire import ping_frame
 
 ASK_AT = 64
@@ -40,11 +42,7 @@ class AckAnswer(msgspec.Struct, frozen=True, gc=False):
 
 
 class Confirmations:
-    """Holds, settles and hands back. `logs` or `ledger` is None where it is switched off.
-
-    `on_returned(tenant, user_id)` is told when something went back to the log of a user who is
-    still connected elsewhere.
-    """
+    """Holds, settles and hands back. `logs` or `ledger` is None where it is switched off."""
 
     def __init__(
         self,
@@ -55,7 +53,7 @@ class Confirmations:
         max_pending: int,
         idle_timeout: float,
         clock: Callable[[], float],
-        on_lost: Callable[[Notification], None],
+        writes: StoreWrites,
     ) -> None:
         self._registry = registry
         self._logs = logs
@@ -63,8 +61,7 @@ class Confirmations:
         self._max_pending = max_pending
         self._idle_timeout = idle_timeout
         self._clock = clock
-        self._on_lost = on_lost
-        self.on_returned: Callable[[str, str], None] = lambda tenant, user_id: None
+        self._writes = writes
         self._oldest_first: deque[Held] = deque()
         self.held = 0
         self._to_ask: dict[Connection, None] = {}
@@ -106,7 +103,24 @@ class Confirmations:
 
     def hold_stored(self, notification: Notification, connection: Connection) -> None:
         """A connection took it from the log, which keeps it until it is settled."""
-        connection.hold(Held(notification, [connection], self._clock(), stored=True))
+        self.hold_all_stored(notification, (connection,))
+
+    def hold_all_stored(
+        self, notification: Notification, connections: Sequence[Connection]
+    ) -> None:
+        """These connections of one user took what the user's log keeps until it is settled."""
+        held = Held(notification, list(connections), self._clock(), stored=True)
+        for connection in connections:
+            connection.hold(held)
+        for connection in connections:
+            self._ask_soon(connection)
+
+    def hold_homeless(self, notification: Notification, connection: Connection) -> None:
+        """A connection took what waited for a store that is away, and may have it or not."""
+        held = Held(notification, [connection], self._clock(), in_log=True)
+        connection.hold(held)
+        self._oldest_first.append(held)
+        self.held += 1
         self._ask_soon(connection)
 
     def held_by_others(self, connection: Connection) -> list[Held]:
@@ -127,7 +141,7 @@ class Confirmations:
                 continue
             identity = held.connections[0].identity
             self._let_go(held)
-            self._to_log(identity.tenant, identity.user_id, held.notification)
+            self._writes.give_back(identity.tenant, identity.user_id, (held.notification,))
 
     def _let_go(self, held: Held) -> None:
         """No connection holds it any more."""
@@ -140,27 +154,6 @@ class Confirmations:
             if len(self._oldest_first) > 2 * self.held + KEPT_SETTLED:
                 self._oldest_first = deque(each for each in self._oldest_first if not each.settled)
 
-    def _to_log(self, tenant: str, user_id: str, notification: Notification) -> Eventually[bool]:
-        """Hand a notification back to the user's log; False where nothing keeps it."""
-        expires_at = notification.expires_at
-        if (
-            self._logs is None
-            or not notification.storable
-            or (expires_at is not None and expires_at <= self._clock())
-        ):
-            self._on_lost(notification)
-            return False
-
-        def kept(rejections: Sequence[Rejection | None]) -> bool:
-            if rejections[0] is not None:
-                self._on_lost(notification)
-                return False
-            if self._ledger is not None:
-                self._ledger.expect(tenant, notification.id, (user_id,), queued=True)
-            return True
-
-        return then(self._logs.enqueue(tenant, (user_id,), notification), kept)
-
     def release(self, connection: Connection) -> None:
         """A connection ended: what only it held goes back to the user's log, in order.
 
@@ -172,17 +165,14 @@ class Confirmations:
         if not unconfirmed:
             return
         identity = connection.identity
-        returned: list[Held] = []
+        returned: list[Notification] = []
         for held in unconfirmed.values():
             held.connections.remove(connection)
             if not held.connections:
                 self._let_go(held)
                 if not held.stored:
-                    returned.append(held)
-        for held in returned:
-            self._to_log(identity.tenant, identity.user_id, held.notification)
-        if returned and self._registry.tenant(identity.tenant).of_user(identity.user_id):
-            self.on_returned(identity.tenant, identity.user_id)
+                    returned.append(held.notification)
+        self._writes.give_back(identity.tenant, identity.user_id, returned)
 
     # --- confirming ---
 
@@ -191,10 +181,10 @@ class Confirmations:
         again.
         """
         held = {id: self._settle_here(tenant, user_id, id) for id in ids}
-        in_log = [id for id, found in held.items() if found is None or found.stored]
-        settled: Eventually[frozenset[str]] = (
-            self._logs.settle(tenant, user_id, in_log) if self._logs and in_log else frozenset()
-        )
+        in_log = [id for id, found in held.items() if found is None or found.in_log]
+        settled: Eventually[frozenset[str]] = frozenset()
+        if self._logs is not None and in_log:
+            settled = self._logs.settle(tenant, user_id, in_log)
 
         def answer(found: frozenset[str]) -> AckAnswer:
             acked = [id for id in held if id in found]
@@ -202,9 +192,18 @@ class Confirmations:
 
         def after_settling(in_store: frozenset[str]) -> Eventually[frozenset[str]]:
             found = in_store | {id for id, record in held.items() if record is not None}
-            if self._ledger is None:
+            ledger = self._ledger
+            if ledger is None:
                 return found
-            return then(self._ledger.acknowledge(tenant, user_id, list(held)), found.union)
+
+            def without_ledger(error: Unavailable) -> frozenset[str]:
+                if found.issuperset(held):
+                    # Settled where it counts; only the account of it is away.
+                    return frozenset()
+                raise error
+
+            known = rescue(lambda: ledger.acknowledge(tenant, user_id, list(held)), without_ledger)
+            return then(known, found.union)
 
         return chain(then(settled, after_settling), answer)
 
@@ -216,7 +215,7 @@ class Confirmations:
             held = unconfirmed.get(id) if unconfirmed else None
             if held is not None:
                 self._let_go(held)
-                if found is None or held.stored:
+                if found is None or held.in_log:
                     found = held
         return found
 
@@ -229,12 +228,12 @@ class Confirmations:
             held = self._settle_here(identity.tenant, identity.user_id, id)
             if held is not None:
                 confirmed.append(id)
-                if held.stored:
+                if held.in_log:
                     in_log.append(id)
-        if in_log and self._logs is not None:
-            self._logs.settle(identity.tenant, identity.user_id, in_log)
+        if in_log:
+            self._writes.settle(identity.tenant, identity.user_id, in_log)
         if confirmed and self._ledger is not None:
-            self._ledger.confirm(identity.tenant, identity.user_id, confirmed)
+            self._writes.note(self._ledger.confirm, identity.tenant, identity.user_id, confirmed)
 
     # --- asking ---
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
-from notifyd.connections.connection import State
+from notifyd.connections.connection import Connection, State
 from notifyd.connections.outbox import Flusher
 from notifyd.connections.registry import Registry, TenantConnections
 from notifyd.dispatch.confirmation import Confirmations
+from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.dispatch.targets import (
     admitted,
     count_per_channel,
@@ -21,7 +22,8 @@ from notifyd.dispatch.targets import (
     narrowed,
     resolve,
 )
-from notifyd.eventually import Eventually, then
+from notifyd.errors import Unavailable
+from notifyd.eventually import Eventually, rescue, then
 from notifyd.metrics import Metrics
 from notifyd.notification import (
     MAX_NOTIFICATION_BYTES,
@@ -42,7 +44,8 @@ _SURELY_SMALL = MAX_NOTIFICATION_BYTES - 8192
 
 class Dispatcher:
     """Sends notifications to whom they are for. `logs` or `ledger` is None where it is switched
-    off.
+    off. `store_first` is `queue.mode = "always"`: what is for a user is in his log before it is
+    sent, so that it outlives this process.
     """
 
     def __init__(
@@ -52,14 +55,19 @@ class Dispatcher:
         confirmations: Confirmations,
         logs: UserLogs | None,
         ledger: AckLedger | None,
+        writes: StoreWrites,
         metrics: Metrics,
         clock: Callable[[], float],
+        *,
+        store_first: bool = False,
     ) -> None:
         self._registry = registry
         self._flusher = flusher
         self._confirmations = confirmations
         self._logs = logs
         self._ledger = ledger
+        self._writes = writes
+        self._store_first = store_first
         self._clock = clock
         self._metrics = metrics
         self._delivered_websocket = metrics.deliveries_total.labels("websocket")
@@ -126,9 +134,9 @@ class Dispatcher:
                 pass
             elif notification.require_ack:
                 users = {connection.identity.user_id: None for connection in connections}
-                self._ledger.expect(tenant_name, notification.id, tuple(users))
+                self._writes.note(self._ledger.expect, tenant_name, notification.id, tuple(users))
             else:
-                self._ledger.expect_anyone(tenant_name, notification.id)
+                self._writes.note(self._ledger.expect_anyone, tenant_name, notification.id)
             started = perf_counter()
             self._flusher.put_all(recipients, message or notification_message(notification))
             self._metrics.fanout_seconds.observe(perf_counter() - started)
@@ -160,12 +168,14 @@ class Dispatcher:
         message: Message | None,
         exclude: str | None,
     ) -> Eventually[Receipt]:
+        if self._stores_first(notification):
+            return self._store_then_send(tenant_name, (user_id,), notification, exclude, _only)
         outcome, connections = Outcome.NOBODY, 0
         if user_id in tenant.users:
             message = message or notification_message(notification)
             outcome, connections = self._deliver(tenant, user_id, notification, message, exclude)
-        if outcome is Outcome.DELIVERED and self._ledger is not None:
-            self._ledger.expect(tenant_name, notification.id, (user_id,))
+        if outcome is Outcome.DELIVERED:
+            self._expect(tenant_name, notification, (user_id,))
         if outcome is not Outcome.NOBODY:
             return Receipt(notification.id, outcome, connections)
         if not may_await(notification.audience, user_id):
@@ -174,6 +184,19 @@ class Dispatcher:
             return Receipt(notification.id, Outcome.NOBODY)
         stored = self._enqueue(self._logs, tenant_name, (user_id,), notification)
         return then(stored, lambda rejections: _queued_receipt(notification.id, rejections[0]))
+
+    def _expect(
+        self,
+        tenant_name: str,
+        notification: Notification,
+        users: Sequence[str],
+        *,
+        queued: bool = False,
+    ) -> None:
+        if self._ledger is not None and users:
+            self._writes.note(
+                self._ledger.expect, tenant_name, notification.id, users, queued=queued
+            )
 
     def _deliver(
         self,
@@ -208,6 +231,9 @@ class Dispatcher:
         message: Message | None,
         exclude: str | None,
     ) -> Eventually[Receipt]:
+        if self._stores_first(notification):
+            distinct = tuple(dict.fromkeys(user_ids))
+            return self._store_then_send(tenant_name, distinct, notification, exclude, _combined)
         message = message or notification_message(notification)
         started = perf_counter()
         results: dict[str, RecipientResult] = {}
@@ -230,8 +256,7 @@ class Dispatcher:
                     away.append(user_id)
             results[user_id] = RecipientResult(outcome, connections)
         self._metrics.fanout_seconds.observe(perf_counter() - started)
-        if delivered and self._ledger is not None:
-            self._ledger.expect(tenant_name, notification.id, delivered)
+        self._expect(tenant_name, notification, delivered)
         if not away or self._logs is None or not notification.storable:
             return _combined(notification.id, results)
 
@@ -244,7 +269,17 @@ class Dispatcher:
                 )
             return _combined(notification.id, results)
 
-        return then(self._enqueue(self._logs, tenant_name, away, notification), with_queued)
+        logs = self._logs
+        stored = rescue(
+            lambda: self._enqueue(logs, tenant_name, away, notification),
+            lambda error: self._unavailable(len(away)),
+        )
+        return then(stored, with_queued)
+
+    def _unavailable(self, recipients: int) -> Sequence[Rejection | None]:
+        """The outcome of several recipients while the store is away; a single one's is a 503."""
+        self._metrics.delivery_failures_total.labels("unavailable").inc(recipients)
+        return ["unavailable"] * recipients
 
     def _enqueue(
         self, logs: UserLogs, tenant_name: str, user_ids: Sequence[str], notification: Notification
@@ -268,18 +303,129 @@ class Dispatcher:
         ]
         if kept:
             self._metrics.queue_enqueued_total.inc(len(kept))
-            if self._ledger is not None:
-                self._ledger.expect(tenant_name, notification.id, kept, queued=True)
+            self._expect(tenant_name, notification, kept, queued=True)
             # A store that had to be awaited answers later: they may have connected meanwhile.
             tenant = self._registry.tenant(tenant_name)
             for user_id in kept:
                 if user_id in tenant.users:
-                    self._confirmations.on_returned(tenant_name, user_id)
+                    self._writes.on_returned(tenant_name, user_id)
         if len(kept) < len(user_ids):
             self._metrics.delivery_failures_total.labels("queue_full").inc(
                 len(user_ids) - len(kept)
             )
         return rejections
+
+    # --- stored before it is sent ---
+
+    def _stores_first(self, notification: Notification) -> bool:
+        # Who is subscribed to what is known of connections alone, so that nothing can be kept.
+        return (
+            self._store_first
+            and self._logs is not None
+            and notification.storable
+            and notification.audience.type != "Channels"
+        )
+
+    def _store_then_send(
+        self,
+        tenant_name: str,
+        user_ids: Sequence[str],
+        notification: Notification,
+        exclude: str | None,
+        receipt: Callable[[str, dict[str, RecipientResult]], Receipt],
+    ) -> Eventually[Receipt]:
+        """Store for every recipient, then send to those who were connected when it was asked for.
+
+        Who connects meanwhile, or is in the middle of a replay, gets it from his log.
+        """
+        message = notification_message(notification)
+        tenant = self._registry.tenant(tenant_name)
+        results: dict[str, RecipientResult] = {}
+        ready: dict[str, list[Connection]] = {}
+        for user_id in user_ids:
+            found = tenant.of_user(user_id)
+            connections = admitted(found, notification.audience, exclude)
+            if connections or (not found and may_await(notification.audience, user_id)):
+                ready[user_id] = [each for each in connections if not each.outbox.holds_back]
+            results[user_id] = RecipientResult(Outcome.FILTERED)
+        recipients = tuple(ready)
+        logs = self._logs
+        if not recipients or logs is None:
+            return receipt(notification.id, results)
+
+        def send(rejections: Sequence[Rejection | None]) -> Receipt:
+            delivered: list[str] = []
+            for user_id, rejection in zip(recipients, rejections, strict=True):
+                connections = ready[user_id]
+                result = self._send_stored(notification, message, connections, rejection)
+                results[user_id] = result
+                if result.outcome is Outcome.DELIVERED:
+                    delivered.append(user_id)
+                now = self._registry.tenant(tenant_name).of_user(user_id)
+                if rejection is None and len(now) > sum(each in connections for each in now):
+                    self._writes.on_returned(tenant_name, user_id)
+            self._expect(tenant_name, notification, delivered)
+            queued = [
+                user_id for user_id in recipients if results[user_id].outcome is Outcome.QUEUED
+            ]
+            self._expect(tenant_name, notification, queued, queued=True)
+            self._metrics.queue_enqueued_total.inc(rejections.count(None))
+            return receipt(notification.id, results)
+
+        def refused(error: Unavailable) -> Sequence[Rejection | None]:
+            if len(user_ids) == 1:
+                raise error
+            return self._unavailable(len(recipients))
+
+        stored = rescue(lambda: logs.enqueue(tenant_name, recipients, notification), refused)
+        return then(stored, send)
+
+    def _send_stored(
+        self,
+        notification: Notification,
+        message: Message,
+        connections: Sequence[Connection],
+        rejection: Rejection | None,
+    ) -> RecipientResult:
+        """Offer to a user's connections what his log has, or could not take."""
+        if rejection == "unavailable":
+            return RecipientResult(Outcome.FAILED, reason=rejection)
+        id = notification.id
+        taken_by = [
+            connection
+            for connection in connections
+            if connection.state is State.OPEN
+            # A replay that something else set off may have brought it already.
+            and (
+                (connection.unconfirmed and id in connection.unconfirmed)
+                or connection.offer(message)
+            )
+        ]
+        taken_by = [connection for connection in taken_by if connection.state is State.OPEN]
+        if taken_by:
+            streams = sum(connection.transport == "sse" for connection in taken_by)
+            self._count(len(taken_by) - streams, streams)
+            if rejection is None:
+                self._confirmations.hold_all_stored(notification, taken_by)
+            else:
+                self._confirmations.hold(notification, taken_by)
+            return RecipientResult(Outcome.DELIVERED, len(taken_by))
+        if rejection is None:
+            return RecipientResult(Outcome.QUEUED)
+        return RecipientResult(Outcome.FAILED, reason=rejection)
+
+
+def _only(notification_id: str, results: dict[str, RecipientResult]) -> Receipt:
+    """The receipt of a single recipient."""
+    (result,) = results.values()
+    return Receipt(
+        notification_id,
+        result.outcome,
+        delivered_to=result.connections,
+        queued=int(result.outcome is Outcome.QUEUED),
+        failed=int(result.outcome is Outcome.FAILED),
+        reason=result.reason,
+    )
 
 
 def _queued_receipt(notification_id: str, rejection: Rejection | None) -> Receipt:

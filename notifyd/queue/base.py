@@ -15,7 +15,7 @@ import msgspec
 from notifyd.eventually import Eventually
 from notifyd.notification import Notification
 
-Rejection = Literal["queue_full"]
+Rejection = Literal["queue_full", "unavailable"]
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):

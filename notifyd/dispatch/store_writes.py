@@ -1,0 +1,235 @@
+"""Writes to the stores that no caller waits for, repeated until the store has them.
+
+What a connection held when it ended goes back to its user's log, and what a Pong confirmed is
+settled there, while nobody waits for the answer. Where the store is away, both stay here, bounded,
+and are tried again; a user who connects meanwhile gets what waits for him.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+from notifyd.errors import Unavailable
+from notifyd.eventually import Eventually, is_awaitable
+from notifyd.notification import Notification
+from notifyd.queue.base import AckLedger, Rejection, UserLogs
+
+UserKey = tuple[str, str]
+
+
+class StoreWrites:
+    """Hands back to logs and settles in them. `logs` or `ledger` is None where it is switched off.
+
+    At most `max_waiting` notifications wait for a store that is away; the oldest are given up first
+    and told to `on_lost`. `on_returned(tenant, user_id)` is told when something is in the log again,
+    `on_unavailable(error)` when a note to the ledger is lost.
+    """
+
+    def __init__(
+        self,
+        logs: UserLogs | None,
+        ledger: AckLedger | None,
+        *,
+        max_waiting: int,
+        clock: Callable[[], float],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        on_lost: Callable[[Notification], None],
+        on_unavailable: Callable[[Unavailable], None],
+    ) -> None:
+        self._logs = logs
+        self._ledger = ledger
+        self._max_waiting = max_waiting
+        self._clock = clock
+        self._spawn = spawn
+        self._on_lost = on_lost
+        self._on_unavailable = on_unavailable
+        self.on_returned: Callable[[str, str], None] = lambda tenant, user_id: None
+        # What the store refused or did not answer for; what is on its way is in neither.
+        self._homeless: dict[UserKey, dict[str, Notification]] = {}
+        self._unsettled: dict[UserKey, dict[str, None]] = {}
+        self._waiting = 0
+        self._under_way: set[asyncio.Future[None]] = set()
+
+    # --- what goes back to a log ---
+
+    def give_back(self, tenant: str, user_id: str, notifications: Sequence[Notification]) -> None:
+        """Store these for a user, in order; those that nothing may keep are lost."""
+        kept = []
+        for notification in notifications:
+            expires_at = notification.expires_at
+            expired = expires_at is not None and expires_at <= self._clock()
+            if self._logs is None or not notification.storable or expired:
+                self._on_lost(notification)
+            else:
+                kept.append(notification)
+        if self._logs is not None and kept:
+            self._store(self._logs, (tenant, user_id), kept)
+
+    def _store(self, logs: UserLogs, key: UserKey, notifications: Sequence[Notification]) -> None:
+        tenant, user_id = key
+        answers: list[Eventually[Sequence[Rejection | None]]] = []
+        for notification in notifications:
+            try:
+                answers.append(logs.enqueue(tenant, (user_id,), notification))
+            except Unavailable:
+                break
+        self._keep_homeless(key, notifications[len(answers) :])
+        returned = False
+        later = []
+        for notification, answer in zip(notifications, answers, strict=False):
+            if is_awaitable(answer):
+                later.append((notification, answer))
+            else:
+                returned |= self._stored(key, notification, answer[0])
+        if returned:
+            self.on_returned(tenant, user_id)
+        if later:
+            self._watch(self._store_later(key, later))
+
+    async def _store_later(
+        self,
+        key: UserKey,
+        answers: Sequence[tuple[Notification, Awaitable[Sequence[Rejection | None]]]],
+    ) -> None:
+        returned = False
+        for notification, answer in answers:
+            try:
+                rejections = await answer
+            except Unavailable:
+                # It may have been stored all the same; storing it twice is storing it once.
+                self._keep_homeless(key, [notification])
+            else:
+                returned |= self._stored(key, notification, rejections[0])
+        if returned:
+            self.on_returned(*key)
+
+    def _stored(
+        self, key: UserKey, notification: Notification, rejection: Rejection | None
+    ) -> bool:
+        if rejection is not None:
+            self._on_lost(notification)
+            return False
+        if self._ledger is not None:
+            tenant, user_id = key
+            self.note(self._ledger.expect, tenant, notification.id, (user_id,), queued=True)
+        return True
+
+    def _keep_homeless(self, key: UserKey, notifications: Sequence[Notification]) -> None:
+        if not notifications:
+            return
+        waiting = self._homeless.setdefault(key, {})
+        for notification in notifications:
+            self._waiting += notification.id not in waiting
+            waiting[notification.id] = notification
+        while self._waiting > self._max_waiting:
+            oldest = next(iter(self._homeless))
+            for notification in self.take_homeless(*oldest):
+                self._on_lost(notification)
+
+    def take_homeless(self, tenant: str, user_id: str) -> list[Notification]:
+        """What waits for a store that is away: whoever takes it has to hold it."""
+        waiting = self._homeless.pop((tenant, user_id), {})
+        self._waiting -= len(waiting)
+        return list(waiting.values())
+
+    # --- what is settled in a log ---
+
+    def settle(self, tenant: str, user_id: str, ids: Sequence[str]) -> None:
+        """Settle what was confirmed without an ack."""
+        if self._logs is None:
+            return
+        try:
+            answer = self._logs.settle(tenant, user_id, ids)
+        except Unavailable:
+            self._keep_unsettled((tenant, user_id), ids)
+            return
+        if is_awaitable(answer):
+            self._watch(self._settle_later((tenant, user_id), ids, answer))
+
+    async def _settle_later(
+        self, key: UserKey, ids: Sequence[str], answer: Awaitable[frozenset[str]]
+    ) -> None:
+        try:
+            await answer
+        except Unavailable:
+            self._keep_unsettled(key, ids)
+
+    def _keep_unsettled(self, key: UserKey, ids: Sequence[str]) -> None:
+        self._unsettled.setdefault(key, {}).update(dict.fromkeys(ids))
+        # Settling is a courtesy to the next device; at the bound, it may get a thing twice.
+        while len(self._unsettled) > self._max_waiting:
+            del self._unsettled[next(iter(self._unsettled))]
+
+    def is_unsettled(self, tenant: str, user_id: str, id: str) -> bool:
+        """Whether this is confirmed already, and only the store does not know it yet."""
+        return id in self._unsettled.get((tenant, user_id), ())
+
+    # --- what the ledger is told ---
+
+    def note(self, tell: Callable[..., Eventually[None]], *args: Any, **kwargs: Any) -> None:
+        """Tell the ledger something that nobody waits for; delivery never depends on it."""
+        try:
+            answer = tell(*args, **kwargs)
+        except Unavailable as error:
+            self._on_unavailable(error)
+            return
+        if isinstance(answer, asyncio.Future):
+            answer.add_done_callback(self._noted)
+        elif is_awaitable(answer):
+            self._spawn(self._note_later(answer))
+
+    def _noted(self, answer: asyncio.Future[None]) -> None:
+        error = None if answer.cancelled() else answer.exception()
+        if isinstance(error, Unavailable):
+            self._on_unavailable(error)
+        elif error is not None:
+            raise error
+
+    async def _note_later(self, answer: Awaitable[None]) -> None:
+        try:
+            await answer
+        except Unavailable as error:
+            self._on_unavailable(error)
+
+    # --- trying again ---
+
+    async def retry(self) -> None:
+        """Try again what waits, one user after the other, until the store fails once more."""
+        for key in list(self._homeless):
+            notifications = self.take_homeless(*key)
+            if self._logs is not None and notifications:
+                self._store(self._logs, key, notifications)
+                await self._flushed()
+            if key in self._homeless:
+                return
+        for key in list(self._unsettled):
+            ids = self._unsettled.pop(key, None)
+            if ids:
+                self.settle(*key, list(ids))
+                await self._flushed()
+            if key in self._unsettled:
+                return
+
+    def _watch(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+
+    async def _flushed(self) -> None:
+        """Wait for what is under way."""
+        if self._under_way:
+            await asyncio.wait(set(self._under_way))
+
+    async def finish(self, seconds: float) -> int:
+        """At the end of the server: wait for what is under way, try once more what waits; returns
+        how many notifications no store has.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                await self._flushed()
+                await self.retry()
+        except TimeoutError:
+            pass  # What is left is counted and told below.
+        return self._waiting
