@@ -9,6 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from jwt import encode as jwt_encode
 from websockets.exceptions import InvalidStatus
 
 from notifyd.connections import lifecycle
@@ -352,3 +355,47 @@ async def test_a_path_that_has_no_websocket_is_refused(host: Host) -> None:
     async with asyncio.timeout(WAIT):
         status = await reader.readline()
     assert int(status.split()[1]) in {403, 404}
+
+
+async def test_claims_may_have_other_names(start: StartServer) -> None:
+    names = {"user_id": "uid", "roles": "app_metadata.roles", "subscribe": "app_metadata.rooms"}
+    host = await start(auth={"claims": names})
+    metadata = {"roles": ["admin"], "rooms": ["lobby"]}
+    websocket = await host.websocket(jwt=token("other", uid="ada", app_metadata=metadata))
+    assert websocket.connected["user_id"] == "ada"
+    assert websocket.connected["session"]["subscriptions"] == ["lobby"]
+    await host.publish(user("ada"), audience={"type": "Roles", "value": ["admin"]})
+    await websocket.expect("notification")
+
+
+async def test_secrets_are_changed_one_after_the_other(start: StartServer) -> None:
+    old, new = "the old secret of thirty-two bytes", "the new secret of thirty-two bytes"
+    host = await start(auth={"jwt_secret": new, "jwt_secrets": [old]})
+    for secret in (old, new):
+        await host.websocket(jwt=token("ada", secret=secret))
+    assert (await status_of_websocket(host, jwt=token("ada")))[0] == 401
+
+
+async def test_issuer_and_audience_are_checked_where_they_are_configured(
+    start: StartServer,
+) -> None:
+    host = await start(auth={"jwt_issuer": "https://id.example", "jwt_audience": "notifyd"})
+    right: dict[str, Any] = {"iss": "https://id.example", "aud": ["other", "notifyd"]}
+    await host.websocket(jwt=token("ada", **right))
+    for wrong in ({"iss": None}, {"iss": "https://evil.example"}, {"aud": None}, {"aud": "other"}):
+        jwt = token("ada", **{**right, **wrong})
+        assert (await status_of_websocket(host, jwt=jwt))[0] == 401, wrong
+
+
+async def test_a_public_key_believes_its_own_algorithm_alone(start: StartServer) -> None:
+    key = Ed25519PrivateKey.generate()
+    pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    host = await start(
+        auth={"jwt_secret": None, "jwt_public_key": pem, "jwt_algorithms": ["EdDSA"]}
+    )
+    claims = {"sub": "ada", "exp": int(time.time()) + 60}
+    websocket = await host.websocket(jwt=jwt_encode(claims, key, algorithm="EdDSA"))
+    assert websocket.connected["user_id"] == "ada"
+    unsigned = jwt_encode(claims, "", algorithm="none")
+    for wrong in (unsigned, token("ada", secret=SECRET_OF_COOKIES)):
+        assert (await status_of_websocket(host, jwt=wrong))[0] == 401

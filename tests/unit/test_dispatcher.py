@@ -391,7 +391,7 @@ class TestAwaiting:
         pending = world.dispatch("u1")
         client = world.connect()
         client.read()
-        receipt = await pending
+        receipt = await settled(pending)
         await world.tasks_done()
         messages = client.read()
         assert [each["id"] for each in messages] == [receipt.notification_id]
