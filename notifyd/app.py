@@ -39,13 +39,14 @@ from notifyd.connections.registry import Registry
 from notifyd.connections.replay import Replayer
 from notifyd.dispatch.confirmation import Confirmations
 from notifyd.dispatch.dispatcher import Dispatcher
-from notifyd.errors import ConfigurationError, Unauthorized
+from notifyd.dispatch.store_writes import StoreWrites
+from notifyd.errors import ConfigurationError, Unauthorized, Unavailable
 from notifyd.eventually import Eventually, settled
 from notifyd.forwarded import TrustedProxies
 from notifyd.idempotency import MemoryIdempotencyKeys
 from notifyd.identifiers import new_uuid
 from notifyd.identity import Identity, Principal
-from notifyd.log import configure_logging
+from notifyd.log import RateLimitedLog, configure_logging
 from notifyd.metrics import Metrics
 from notifyd.notification import Notification
 from notifyd.options import Settings
@@ -96,6 +97,7 @@ class Notifyd(PublishingCalls):
         self._started_at = clock()
         self._phase: Phase = "starting"
         self._tasks = BackgroundTasks()
+        self._notes_lost = RateLimitedLog(self._log)
         self.metrics = Metrics()
         self._choose_backends()
         self._connect_parts(authenticate)
@@ -133,6 +135,15 @@ class Notifyd(PublishingCalls):
         origins = Origins(settings.cors.origins, development=not production)
         admission = Admission(self.verifier, origins, cookie_name=auth.cookie_name)
         self._registry = Registry(clock)
+        self._writes = StoreWrites(
+            self._logs,
+            self._ledger,
+            max_waiting=settings.ack.max_pending,
+            clock=clock,
+            spawn=self._tasks.spawn,
+            on_lost=self._lost,
+            on_unavailable=self._note_lost,
+        )
         self._confirmations = Confirmations(
             self._registry,
             self._logs,
@@ -140,7 +151,16 @@ class Notifyd(PublishingCalls):
             max_pending=settings.ack.max_pending,
             idle_timeout=websocket.idle_timeout,
             clock=clock,
-            on_lost=self._lost,
+            writes=self._writes,
+        )
+        self._replayer = Replayer(
+            self._logs,
+            self._ledger,
+            self._writes,
+            self._confirmations,
+            self.metrics,
+            page_bytes=min(65536, websocket.outbox_max_bytes // 2),
+            spawn=self._tasks.spawn,
         )
         self._flusher = Flusher(
             Bounds(
@@ -166,14 +186,7 @@ class Notifyd(PublishingCalls):
             registry=self._registry,
             flusher=self._flusher,
             confirmations=self._confirmations,
-            replayer=Replayer(
-                self._logs,
-                self._ledger,
-                self._confirmations,
-                self.metrics,
-                page_bytes=min(65536, websocket.outbox_max_bytes // 2),
-                spawn=self._tasks.spawn,
-            ),
+            replayer=self._replayer,
             heartbeat=self._heartbeat,
             admission=admission,
             verify=self.verifier.verify,
@@ -190,13 +203,14 @@ class Notifyd(PublishingCalls):
             spread=spread,
             spawn=self._tasks.spawn,
         )
-        self._confirmations.on_returned = self.lifecycle.replay_again
+        self._writes.on_returned = self.lifecycle.replay_again
         dispatcher = Dispatcher(
             self._registry,
             self._flusher,
             self._confirmations,
             self._logs,
             self._ledger,
+            self._writes,
             self.metrics,
             clock,
         )
@@ -285,6 +299,10 @@ class Notifyd(PublishingCalls):
     def _count_ack(self, seconds: float) -> None:
         self.metrics.ack_received_total.inc()
         self.metrics.ack_seconds.observe(seconds)
+
+    def _note_lost(self, error: Unavailable) -> None:
+        """The ledger could not be told; delivery goes on without."""
+        self._notes_lost.warning("acknowledgements are not kept account of", reason=error.message)
 
     def _lost(self, notification: Notification) -> None:
         """Nothing keeps a notification that was held: it is over its ttl, or there is no queue."""

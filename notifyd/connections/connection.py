@@ -31,8 +31,8 @@ class Held:
     """A notification to a user that was delivered and is not yet confirmed.
 
     `connections` are those that took it. `stored`: the user's log has it for sure, so that nothing
-    needs to go back there; `in_log`: it has it or may have it, so that a confirmation must settle it
-    there; `since` in Unix seconds.
+    needs to go back there; `in_log`: it has it or may have it, so that a confirmation must settle
+    it there; `since` in Unix seconds.
     """
 
     __slots__ = ("connections", "in_log", "notification", "settled", "since", "stored")

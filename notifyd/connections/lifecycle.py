@@ -615,6 +615,7 @@ class Lifecycle:
             return
         self.registry.remove(connection)
         self._heartbeat.discard(connection)
+        self._replayer.forget(connection)
         self._confirmations.release(connection)
         self._metrics.connections_closed_total.labels(connection.transport, reason).inc()
         self._metrics.connection_duration_seconds.observe(self._clock() - connection.opened_at)

@@ -141,7 +141,9 @@ class Confirmations:
                 continue
             identity = held.connections[0].identity
             self._let_go(held)
-            self._writes.give_back(identity.tenant, identity.user_id, (held.notification,))
+            self._writes.give_back(
+                identity.tenant, identity.user_id, (held.notification,), replay=False
+            )
 
     def _let_go(self, held: Held) -> None:
         """No connection holds it any more."""

@@ -48,7 +48,7 @@ class Dispatcher:
     sent, so that it outlives this process.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917  # the parts that it connects
         self,
         registry: Registry,
         flusher: Flusher,

@@ -22,9 +22,9 @@ UserKey = tuple[str, str]
 class StoreWrites:
     """Hands back to logs and settles in them. `logs` or `ledger` is None where it is switched off.
 
-    At most `max_waiting` notifications wait for a store that is away; the oldest are given up first
-    and told to `on_lost`. `on_returned(tenant, user_id)` is told when something is in the log again,
-    `on_unavailable(error)` when a note to the ledger is lost.
+    At most `max_waiting` notifications wait for a store that is away; the oldest are given up
+    first and told to `on_lost`. `on_returned(tenant, user_id)` is told when something is in the log
+    again, `on_unavailable(error)` when a note to the ledger is lost.
     """
 
     def __init__(
@@ -54,8 +54,18 @@ class StoreWrites:
 
     # --- what goes back to a log ---
 
-    def give_back(self, tenant: str, user_id: str, notifications: Sequence[Notification]) -> None:
-        """Store these for a user, in order; those that nothing may keep are lost."""
+    def give_back(
+        self,
+        tenant: str,
+        user_id: str,
+        notifications: Sequence[Notification],
+        *,
+        replay: bool = True,
+    ) -> None:
+        """Store these for a user, in order; those that nothing may keep are lost.
+
+        `replay`: where he is connected, he has not got them yet.
+        """
         kept = []
         for notification in notifications:
             expires_at = notification.expires_at
@@ -65,9 +75,11 @@ class StoreWrites:
             else:
                 kept.append(notification)
         if self._logs is not None and kept:
-            self._store(self._logs, (tenant, user_id), kept)
+            self._store(self._logs, (tenant, user_id), kept, replay=replay)
 
-    def _store(self, logs: UserLogs, key: UserKey, notifications: Sequence[Notification]) -> None:
+    def _store(
+        self, logs: UserLogs, key: UserKey, notifications: Sequence[Notification], *, replay: bool
+    ) -> None:
         tenant, user_id = key
         answers: list[Eventually[Sequence[Rejection | None]]] = []
         for notification in notifications:
@@ -83,15 +95,17 @@ class StoreWrites:
                 later.append((notification, answer))
             else:
                 returned |= self._stored(key, notification, answer[0])
-        if returned:
+        if returned and replay:
             self.on_returned(tenant, user_id)
         if later:
-            self._watch(self._store_later(key, later))
+            self._watch(self._store_later(key, later, replay=replay))
 
     async def _store_later(
         self,
         key: UserKey,
         answers: Sequence[tuple[Notification, Awaitable[Sequence[Rejection | None]]]],
+        *,
+        replay: bool,
     ) -> None:
         returned = False
         for notification, answer in answers:
@@ -102,7 +116,7 @@ class StoreWrites:
                 self._keep_homeless(key, [notification])
             else:
                 returned |= self._stored(key, notification, rejections[0])
-        if returned:
+        if returned and replay:
             self.on_returned(*key)
 
     def _stored(
@@ -200,7 +214,7 @@ class StoreWrites:
         for key in list(self._homeless):
             notifications = self.take_homeless(*key)
             if self._logs is not None and notifications:
-                self._store(self._logs, key, notifications)
+                self._store(self._logs, key, notifications, replay=True)
                 await self._flushed()
             if key in self._homeless:
                 return
