@@ -1,0 +1,112 @@
+"""Every key that we have in Redis, composed here and nowhere else.
+
+    prefix:{<bucket>}:log:<tenant>|<user>      a user's log, with order: and expiry: beside it
+    prefix:{<bucket>}:depth                    what a bucket counts, with due and corrupt beside it
+    prefix:{acks}:record:<tenant>|<id>         a notification in the ledger, with pending: beside it
+    prefix:{acks}:stats                        what the ledger counts, with order, due and times
+    prefix:{<tenant>}:templates
+    prefix:{idem-<digest of a scope>}
+    prefix:probe
+
+Names are percent-encoded, so that no name reaches another's keys: a tenant's cannot hold the bar
+that ends it. A script touches keys of one hash tag, the part in braces, which a cluster keeps on
+one node. A user's tag is one of `BUCKETS` and not his own, so that the count and the first expiry
+over many users can change in the same step as his log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import NamedTuple
+from urllib.parse import quote
+from zlib import crc32
+
+import msgspec
+
+BUCKETS = 64
+"""Part of what is stored: a user is looked for in the bucket that his name gives."""
+
+_PLAIN = re.compile(r"[A-Za-z0-9_.~-]+").fullmatch
+
+
+def member(tenant: str, name: str) -> str:
+    """A name within its tenant, as part of a key and as a member of a set."""
+    return f"{_encoded(tenant)}|{_encoded(name)}"
+
+
+def _encoded(name: str) -> str:
+    return name if _PLAIN(name) is not None else quote(name, safe="")
+
+
+def bucket_of(member: str) -> int:
+    """Where a user is kept."""
+    return crc32(member.encode()) % BUCKETS
+
+
+class Bucket(NamedTuple):
+    """Keys that many users' logs share, and what those of one of them begin with."""
+
+    depth: str
+    due: str
+    corrupt: str
+    log: str
+    order: str
+    expiry: str
+
+    def of(self, member: str) -> tuple[str, str, str]:
+        """A user's log, order and expiry."""
+        return self.log + member, self.order + member, self.expiry + member
+
+    def with_user(self, member: str) -> tuple[str, str, str, str, str]:
+        """The keys of a script on one user's log."""
+        return self.depth, self.due, self.log + member, self.order + member, self.expiry + member
+
+
+class LedgerKeys(msgspec.Struct, frozen=True):
+    """The ledger's keys, and what those of one notification begin with."""
+
+    stats: str
+    order: str
+    due: str
+    times: str
+    record: str
+    pending: str
+
+
+class RedisKeys:
+    """Keys under a prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self.buckets = tuple(self._bucket(number) for number in range(BUCKETS))
+        acks = f"{prefix}:{{acks}}:"
+        self.ledger = LedgerKeys(
+            f"{acks}stats",
+            f"{acks}order",
+            f"{acks}due",
+            f"{acks}times",
+            f"{acks}record:",
+            f"{acks}pending:",
+        )
+        self.probe = f"{prefix}:probe"
+
+    def _bucket(self, number: int) -> Bucket:
+        tag = f"{self._prefix}:{{{number}}}:"
+        return Bucket(
+            f"{tag}depth",
+            f"{tag}due",
+            f"{tag}corrupt",
+            f"{tag}log:",
+            f"{tag}order:",
+            f"{tag}expiry:",
+        )
+
+    def templates(self, tenant: str) -> str:
+        """All templates of a tenant."""
+        return f"{self._prefix}:{{{_encoded(tenant)}}}:templates"
+
+    def idempotency(self, scope: tuple[str, ...]) -> str:
+        """What is known of an idempotency key; hashed, for it may be long, or somebody's secret."""
+        digest = hashlib.blake2b(msgspec.json.encode(scope), digest_size=20).hexdigest()
+        return f"{self._prefix}:{{idem-{digest}}}"

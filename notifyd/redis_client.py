@@ -1,0 +1,530 @@
+"""The one place that knows how to talk to Redis: one connection, calls gathered into pipelines, and
+a breaker.
+
+A connection of our own on hiredis, because gathering is all that we need and redis-py's asyncio
+pipeline costs more for a call than Redis itself does. Calls are answered in the order in which they
+were sent (RESP2), so a connection whose answer is late is closed: the answer must not be taken for
+another call's. A call that was sent is never sent again, but for NOSCRIPT, which did nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import ssl
+from collections import deque
+from collections.abc import Callable, Sequence
+from importlib.resources.abc import Traversable
+from typing import Any, NoReturn
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import hiredis
+import msgspec
+import structlog
+
+from notifyd.errors import ConfigurationError, Unavailable
+from notifyd.log import RateLimitedLog
+from notifyd.resilience import Backoff, BreakerState, CircuitBreaker, Guarded
+
+MAX_UNSENT_BYTES = 64 * 1024 * 1024
+"""Bytes that may wait for Redis to read them; beyond, calls are refused."""
+
+_LATE_SECONDS = 0.02
+_CLOSE_SECONDS = 2.0
+_UNCOUNTED = -1
+
+# Answers by which a Redis says that it cannot do its work; any other error is about one call.
+_FAILURES = (
+    "OOM command not allowed",
+    "READONLY ",
+    "LOADING ",
+    "MASTERDOWN ",
+    "MISCONF ",
+    "NOREPLICAS ",
+    "CLUSTERDOWN ",
+    "BUSY ",
+    "NOAUTH ",
+    "NOPERM ",
+    "max number of clients",
+)
+
+Convert = Callable[[Any], Any]
+Word = str | bytes | int | float
+
+# Its type says a tuple of one.
+_pack: Callable[[tuple[Word, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
+
+
+class Script:
+    """A Lua script, known to Redis by the SHA-1 of its text."""
+
+    __slots__ = ("load", "name", "sha")
+
+    def __init__(self, name: str, source: bytes) -> None:
+        self.name = name
+        self.sha = hashlib.sha1(source, usedforsecurity=False).hexdigest()
+        self.load: bytes = _pack(("SCRIPT", "LOAD", source))
+
+    @classmethod
+    def read(cls, file: Traversable) -> Script:
+        """The script in a file."""
+        return cls(file.name, file.read_bytes())
+
+
+class RedisAddress(msgspec.Struct, frozen=True):
+    """Where a Redis is and how to get in; `path` is a Unix socket's and stands for host and
+    port."""
+
+    host: str = "localhost"
+    port: int = 6379
+    path: str | None = None
+    username: str | None = None
+    password: str | None = None
+    database: int = 0
+    tls: bool = False
+    ca_file: str | None = None
+
+    @classmethod
+    def parse(cls, url: str) -> RedisAddress:
+        """`redis://[[user]:password@]host[:port][/database]`, `rediss://` for TLS (`?ssl_ca_certs=`
+        names a file of authorities), `unix://[user:password@]/path[?db=0]`.
+
+        Raises ConfigurationError, which never quotes the URL: there may be a password in it.
+        """
+        try:
+            parts = urlsplit(url)
+            options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+            database = options.pop("db", "0")
+            if parts.scheme in ("redis", "rediss") and parts.path.strip("/"):
+                database = parts.path.strip("/")
+            address = cls(
+                parts.hostname or "localhost",
+                parts.port or 6379,
+                unquote(parts.path) if parts.scheme == "unix" else None,
+                unquote(parts.username) if parts.username else None,
+                unquote(parts.password) if parts.password else None,
+                int(database),
+                parts.scheme == "rediss",
+                options.pop("ssl_ca_certs", None),
+            )
+        except ValueError as error:
+            raise ConfigurationError("redis.url: this is not a URL of a Redis.") from error
+        if parts.scheme not in ("redis", "rediss", "unix") or address.path == "":
+            raise ConfigurationError("redis.url: must begin with redis://, rediss:// or unix:///.")
+        if options:
+            raise ConfigurationError(f"redis.url: unknown option {min(options)!r}.")
+        return address
+
+
+class _Call:
+    """One command on its way. `period` is the breaker's when it was sent."""
+
+    __slots__ = ("convert", "deadline", "future", "packed", "period", "repeated", "script")
+
+    def __init__(
+        self,
+        packed: bytes,
+        future: asyncio.Future[Any],
+        convert: Convert | None,
+        script: Script | None,
+    ) -> None:
+        self.packed = packed
+        self.future = future
+        self.convert = convert
+        self.script = script
+        self.deadline = 0.0
+        self.period = _UNCOUNTED
+        self.repeated = False
+
+
+class _Link(asyncio.Protocol):
+    """A connection: pairs answers with calls, and ends when one is late."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, redis: Redis) -> None:
+        self.unanswered: deque[_Call] = deque()
+        self.loaded: set[str] = set()
+        self.full = False
+        self._redis = redis
+        self._loop = asyncio.get_running_loop()
+        self._reader = hiredis.Reader(replyError=_error_answer)
+        self._timer: asyncio.TimerHandle | None = None
+        self._late = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101  # for the type checker
+        self.transport = transport
+        transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
+
+    def pause_writing(self) -> None:
+        self.full = True
+
+    def resume_writing(self) -> None:
+        self.full = False
+
+    def send(self, calls: Sequence[_Call], deadline: float, period: int) -> None:
+        chunks: list[bytes] = []
+        for call in calls:
+            script = call.script
+            if script is not None and script.sha not in self.loaded:
+                self.loaded.add(script.sha)
+                loading = _Call(script.load, self._loop.create_future(), None, None)
+                loading.future.add_done_callback(_ignore)
+                loading.deadline = deadline
+                self.unanswered.append(loading)
+                chunks.append(script.load)
+            call.deadline = deadline
+            call.period = period
+            self.unanswered.append(call)
+            chunks.append(call.packed)
+        self.transport.write(b"".join(chunks))
+        if self._timer is None:
+            self._timer = self._loop.call_at(deadline, self._look_at_the_time)
+
+    def _look_at_the_time(self) -> None:
+        self._timer = None
+        if not self.unanswered:
+            return
+        deadline = self.unanswered[0].deadline
+        if deadline > self._loop.time():
+            self._late = False
+        elif self._late:
+            self.drop(TimeoutError("no answer in time"))
+            return
+        else:
+            # Perhaps it was this loop that was late: what has arrived meanwhile is read first.
+            self._late = True
+            deadline = self._loop.time() + _LATE_SECONDS
+        self._timer = self._loop.call_at(deadline, self._look_at_the_time)
+
+    def data_received(self, data: bytes) -> None:
+        reader, unanswered = self._reader, self.unanswered
+        try:
+            reader.feed(data)
+            answer = reader.gets()
+            while answer is not False:
+                self._redis.answered(self, unanswered.popleft(), answer)
+                answer = reader.gets()
+        except (hiredis.ProtocolError, IndexError) as error:
+            self.drop(ConnectionError(f"not an answer of Redis: {error}"))
+        self._redis.read()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.drop(error or ConnectionResetError("Redis closed the connection"))
+
+    def drop(self, error: Exception) -> None:
+        """Give the connection up, and all calls that are not answered."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.transport.abort()
+        calls = list(self.unanswered)
+        self.unanswered.clear()
+        self._redis.lost(self, calls, error)
+
+
+class Redis:
+    """One Redis behind a breaker. Belongs to one event loop.
+
+    Calls of one turn of the loop go out together, and wait while a connection is being made. Each
+    is given up after `timeout` seconds, and with it the connection. `on_up` is told whether there
+    is a connection, `on_reconnect` each new one after the first.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        breaker: CircuitBreaker,
+        *,
+        timeout: float = 2,
+        probe_key: str = "notifyd:probe",
+        backoff: Backoff | None = None,
+        on_up: Callable[[bool], None] = lambda up: None,
+        on_reconnect: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.breaker = breaker
+        self.up = False
+        """Whether there is a connection."""
+        self._address = RedisAddress.parse(url)
+        self._timeout = timeout
+        self._backoff = backoff or Backoff(0.1, 5.0)
+        self._on_up = on_up
+        self._on_reconnect = on_reconnect
+        # Written and not only asked: a Redis that is full, or a replica, still answers a PING.
+        self._probe_command = ("SET", probe_key, "1", "PX", 60_000)
+        self._guarded = Guarded(breaker, "Redis")
+        self._log = RateLimitedLog(structlog.get_logger("notifyd"))
+        self._link: _Link | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._again: asyncio.TimerHandle | None = None
+        self._waiting: list[_Call] = []
+        self._repeated: list[_Call] = []
+        self._flushing = False
+        self._good_period: int | None = None
+        self._was_up = False
+        self._closed = False
+
+    # --- calls ---
+
+    def run(
+        self,
+        script: Script,
+        keys: Sequence[str],
+        args: Sequence[Word],
+        convert: Convert | None = None,
+    ) -> asyncio.Future[Any]:
+        """Run a script; its answer, through `convert`, is the future's.
+
+        Raises Unavailable, at once or from the future: the breaker is open, Redis did not answer in
+        time, or not with what was asked for. Cancelled, the call is made all the same unless it has
+        not been sent. It is sent at the end of this turn, awaited or not.
+        """
+        packed = _pack(("EVALSHA", script.sha, len(keys), *keys, *args))
+        return self._put(packed, convert, script)
+
+    def command(self, *words: Word, convert: Convert | None = None) -> asyncio.Future[Any]:
+        """Make one call that is no script, in the manner of `run`."""
+        return self._put(_pack(words), convert, None)
+
+    def _put(
+        self, packed: bytes, convert: Convert | None, script: Script | None
+    ) -> asyncio.Future[Any]:
+        link = self._link
+        if self.breaker.state is not BreakerState.CLOSED or self._closed:
+            self._guarded.refuse()
+        if link is None:
+            self._connect_soon()
+        elif link.full:
+            raise Unavailable("Redis does not keep up.", retry_after=1)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        self._waiting.append(_Call(packed, future, convert, script))
+        if not self._flushing and link is not None:
+            self._flushing = True
+            loop.call_soon(self._flush)
+        return future
+
+    def _flush(self) -> None:
+        self._flushing = False
+        link = self._link
+        if link is None:
+            return  # They wait for the connection that is being made.
+        calls = [call for call in self._waiting if not call.future.done()]
+        self._waiting.clear()
+        if calls:
+            link.send(calls, asyncio.get_running_loop().time() + self._timeout, self.breaker.period)
+
+    # --- what a connection tells ---
+
+    def answered(self, link: _Link, call: _Call, answer: Any) -> None:
+        """An answer arrived."""
+        future = call.future
+        if isinstance(answer, Exception):
+            self._refused(link, call, str(answer))
+            return
+        if call.period != _UNCOUNTED:
+            self._good_period = call.period
+        if call.convert is not None:
+            # Even where the caller was cancelled: what is counted there has been done.
+            try:
+                answer = call.convert(answer)
+            except Exception as error:  # noqa: BLE001  # the caller's; other answers are behind it
+                if not future.done():
+                    future.set_exception(error)
+                return
+        if not future.done():
+            future.set_result(answer)
+
+    def read(self) -> None:
+        """All that arrived at once was told."""
+        if self._good_period is not None:
+            self.breaker.succeeded(self._good_period)
+            self._good_period = None
+        if self._repeated:
+            self._waiting[:0] = self._repeated
+            self._repeated.clear()
+            self._flush()
+
+    def lost(self, link: _Link, calls: Sequence[_Call], error: Exception) -> None:
+        """A connection is gone, and with it the answers to these calls."""
+        if link is self._link:
+            self._link = None
+            self._set_up(False)
+            if not self._closed:
+                self._log.warning("the connection to Redis is lost", reason=_text(error))
+                self._connect_soon()
+        self._fail(calls, error)
+
+    def _refused(self, link: _Link, call: _Call, text: str) -> None:
+        if text.startswith("NOSCRIPT") and call.script is not None and not call.repeated:
+            # Somebody emptied its cache of scripts; nothing was done yet.
+            link.loaded.discard(call.script.sha)
+            call.repeated = True
+            self._repeated.append(call)
+            return
+        error = ConnectionError(text)
+        if any(failure in text for failure in _FAILURES):
+            self.read()
+            self._fail([call], error)
+            if "READONLY " in text and link is self._link:
+                # The master has become a replica; its name may lead to the new one by now.
+                asyncio.get_running_loop().call_soon(link.drop, error)
+        else:
+            if call.period != _UNCOUNTED:
+                self._good_period = call.period
+            self._reject(call, error)
+        if call.script is not None:
+            self._log.warning("Redis refused a call", reason=text, script=call.script.name)
+
+    def _fail(self, calls: Sequence[_Call], error: Exception) -> None:
+        breaker = self.breaker
+        for call in calls:
+            if call.period != _UNCOUNTED:
+                breaker.failed(call.period)
+        for call in calls:
+            self._reject(call, error)
+
+    def _reject(self, call: _Call, cause: Exception) -> None:
+        if not call.future.done():
+            seconds = max(1, math.ceil(self.breaker.retry_after()))
+            error = Unavailable("Redis does not answer.", retry_after=seconds)
+            error.__cause__ = cause
+            call.future.set_exception(error)
+
+    # --- connecting ---
+
+    async def start(self) -> None:
+        """Connect. Raises ConfigurationError, naming what is wrong, where that cannot be done."""
+        try:
+            await self._connect()
+        except (OSError, TimeoutError) as error:
+            raise ConfigurationError(f"redis.url: Redis cannot be used: {_text(error)}.") from error
+
+    async def watch(self) -> NoReturn:
+        """Look whether Redis is back while the breaker is not closed, until cancelled."""
+        await self._guarded.watch(self._probe, self._timeout)
+
+    async def _probe(self) -> None:
+        while self._link is None:
+            self._connect_soon(probing=True)
+            assert self._connecting is not None  # noqa: S101  # for the type checker
+            await asyncio.shield(self._connecting)
+            if self._link is None:
+                raise ConnectionError("no connection")
+        future = asyncio.get_running_loop().create_future()
+        call = _Call(_pack(self._probe_command), future, None, None)
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        self._link.send([call], deadline, _UNCOUNTED)
+        await future
+
+    def _connect_soon(self, *, probing: bool = False) -> None:
+        """See that a connection is being made. While the breaker is not closed, only by probes."""
+        if self._connecting is None and not self._closed:
+            if self._again is not None:
+                self._again.cancel()
+                self._again = None
+            if probing or self.breaker.state is BreakerState.CLOSED:
+                self._connecting = asyncio.ensure_future(self._try_to_connect())
+
+    async def _try_to_connect(self) -> None:
+        period = self.breaker.period
+        try:
+            await self._connect()
+        except (OSError, TimeoutError) as error:
+            self._log.warning("Redis cannot be reached", reason=_text(error))
+            calls, self._waiting = self._waiting, []
+            for call in calls:
+                call.period = period
+            self._fail(calls, error)
+            if not calls:
+                self.breaker.failed(period)
+            if self.breaker.state is BreakerState.CLOSED and not self._closed:
+                loop = asyncio.get_running_loop()
+                self._again = loop.call_later(self._backoff.next(), self._connect_soon)
+        finally:
+            self._connecting = None
+
+    async def _connect(self) -> None:
+        """Make a connection and send what waits for it. Raises OSError or TimeoutError."""
+        address = self._address
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(self._timeout):
+            if address.path is not None:
+                _, link = await loop.create_unix_connection(lambda: _Link(self), address.path)
+            else:
+                tls = ssl.create_default_context(cafile=address.ca_file) if address.tls else None
+                _, link = await loop.create_connection(
+                    lambda: _Link(self), address.host, address.port, ssl=tls
+                )
+            try:
+                await self._shake_hands(link)
+            except BaseException:
+                link.transport.abort()
+                raise
+        self._link = link
+        self._backoff.reset()
+        self._set_up(True)
+        self._flush()
+
+    async def _shake_hands(self, link: _Link) -> None:
+        address = self._address
+        commands: list[tuple[Word, ...]] = [("CLIENT", "SETNAME", "notifyd"), ("PING",)]
+        if address.database:
+            commands.insert(0, ("SELECT", address.database))
+        if address.password is not None:
+            names = () if address.username is None else (address.username,)
+            commands.insert(0, ("AUTH", *names, address.password))
+        loop = asyncio.get_running_loop()
+        calls = [_Call(_pack(each), loop.create_future(), None, None) for each in commands]
+        link.send(calls, loop.time() + self._timeout, _UNCOUNTED)
+        answers = await asyncio.gather(*(call.future for call in calls), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, Unavailable):
+                raise ConnectionError(_text(answer.__cause__ or answer))
+
+    def _set_up(self, up: bool) -> None:
+        self.up = up
+        if up:
+            if self._was_up:
+                self._on_reconnect()
+            self._was_up = True
+        self._on_up(up)
+
+    async def aclose(self) -> None:
+        """Wait for the answers that are out, two seconds at most, and close the connection."""
+        link = self._link
+        if link is not None:
+            self._flush()
+            pending = [call.future for call in link.unanswered if not call.future.done()]
+            if pending:
+                await asyncio.wait(pending, timeout=_CLOSE_SECONDS)
+        self._closed = True
+        if self._again is not None:
+            self._again.cancel()
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting])
+        if self._link is not None:
+            self._link.drop(ConnectionAbortedError("closed"))
+        calls, self._waiting = self._waiting, []
+        self._fail(calls, ConnectionAbortedError("closed"))
+
+
+class _AnswerError(Exception):
+    """An error that Redis answered with."""
+
+
+def _error_answer(text: str) -> _AnswerError:
+    return _AnswerError(text)
+
+
+def _ignore(future: asyncio.Future[Any]) -> None:
+    """The call behind it says what is wrong."""
+    if not future.cancelled():
+        future.exception()
+
+
+def _text(error: BaseException) -> str:
+    return str(error).rstrip(".") or type(error).__name__
