@@ -67,6 +67,11 @@ new_uuid = UuidSource()
 """The process's own source: `new_uuid() -> str`."""
 
 
+def is_canonical_uuid(text: str) -> bool:
+    """Whether `text` is a UUID in lower case, just as `canonical_uuid` gives it."""
+    return _CANONICAL.fullmatch(text) is not None
+
+
 def canonical_uuid(text: str, field: str = "id") -> str:
     """`text` in lower case, if it is a UUID as RFC 9562 writes it (8-4-4-4-12 hexadecimal digits).
 

@@ -1,24 +1,43 @@
 """The backends that keep what we promise to keep, each as a factory for one test.
 
 A backend gets the bounds that a test names, its clock, and remembers what it was told to tell.
-Redis and Postgres get factories of their own beside `memory`; the suites stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
+import pytest
 
 from notifyd.idempotency import IdempotencyKeys, MemoryIdempotencyKeys
 from notifyd.identifiers import new_uuid
 from notifyd.notification import Notification, Priority
-from notifyd.options import IdempotencySettings
+from notifyd.options import BreakerSettings, IdempotencySettings
+from notifyd.postgres import Postgres
 from notifyd.queue.base import AckLedger, UserLogs
 from notifyd.queue.memory import MemoryAckLedger, MemoryUserLogs
+from notifyd.queue.postgres import (
+    MIGRATIONS,
+    PostgresAckLedger,
+    PostgresIdempotencyKeys,
+    PostgresTemplates,
+    PostgresUserLogs,
+)
+from notifyd.queue.redis import (
+    RedisAckLedger,
+    RedisIdempotencyKeys,
+    RedisTemplates,
+    RedisUserLogs,
+)
+from notifyd.queue.redis_keys import RedisKeys
+from notifyd.redis_client import Redis
+from notifyd.resilience import CircuitBreaker
 from notifyd.templates import MemoryTemplates, TemplateStore
+from tests.stores import schema
 
 NOW = 1_800_000_000.0
 
@@ -34,10 +53,11 @@ class Clock:
 
 
 class Told:
-    """What a backend told: entries given up, acks in seconds, expiries."""
+    """What a backend told: entries given up or not to be read, acks in seconds, expiries."""
 
     def __init__(self) -> None:
         self.dropped = 0
+        self.corrupt: list[str] = []
         self.acknowledged: list[float] = []
         self.expired = 0
 
@@ -49,6 +69,31 @@ class Told:
 
     def on_expired(self, count: int) -> None:
         self.expired += count
+
+
+class Backend(Protocol):
+    """One store for one test."""
+
+    clock: Clock
+    told: Told
+
+    async def logs(
+        self,
+        *,
+        max_size_per_user: int = 100,
+        max_messages: int = 10_000,
+        message_ttl_seconds: float = 1000,
+    ) -> UserLogs: ...
+
+    async def ledger(
+        self, *, timeout_seconds: float = 30, max_pending: int = 1000
+    ) -> AckLedger: ...
+
+    async def idempotency_keys(
+        self, *, window_seconds: int = 60, max_keys: int = 100
+    ) -> IdempotencyKeys: ...
+
+    async def templates(self, *, max_per_tenant: int = 100) -> TemplateStore: ...
 
 
 class Memory:
@@ -92,15 +137,176 @@ class Memory:
         return MemoryTemplates(max_per_tenant=max_per_tenant)
 
 
+class PostgresBackend:
+    """A schema of its own in a real PostgreSQL."""
+
+    def __init__(self, clock: Clock, postgres: Postgres) -> None:
+        self.clock = clock
+        self.told = Told()
+        self.postgres = postgres
+        self.closers: list[Callable[[], Awaitable[None]]] = []
+
+    async def logs(
+        self,
+        *,
+        max_size_per_user: int = 100,
+        max_messages: int = 10_000,
+        message_ttl_seconds: float = 1000,
+    ) -> UserLogs:
+        logs = PostgresUserLogs(
+            self.postgres,
+            max_size_per_user=max_size_per_user,
+            max_messages=max_messages,
+            message_ttl_seconds=message_ttl_seconds,
+            clock=self.clock,
+            on_dropped=self.told.on_dropped,
+            on_corrupt=self.told.corrupt.append,
+        )
+        self.closers.append(logs.aclose)
+        return logs
+
+    async def ledger(self, *, timeout_seconds: float = 30, max_pending: int = 1000) -> AckLedger:
+        ledger = PostgresAckLedger(
+            self.postgres,
+            timeout_seconds=timeout_seconds,
+            max_pending=max_pending,
+            clock=self.clock,
+            on_acknowledged=self.told.on_acknowledged,
+            on_expired=self.told.on_expired,
+        )
+        self.closers.append(ledger.aclose)
+        return ledger
+
+    async def idempotency_keys(
+        self, *, window_seconds: int = 60, max_keys: int = 100
+    ) -> IdempotencyKeys:
+        keys = PostgresIdempotencyKeys(
+            self.postgres, window_seconds=window_seconds, clock=self.clock
+        )
+        self.closers.append(keys.aclose)
+        return keys
+
+    async def templates(self, *, max_per_tenant: int = 100) -> TemplateStore:
+        return PostgresTemplates(
+            self.postgres, on_corrupt=self.told.corrupt.append, max_per_tenant=max_per_tenant
+        )
+
+
+class RedisBackend:
+    """Keys of its own in a real Redis."""
+
+    def __init__(self, clock: Clock, redis: Redis, keys: RedisKeys) -> None:
+        self.clock = clock
+        self.told = Told()
+        self.redis = redis
+        self.keys = keys
+
+    async def logs(
+        self,
+        *,
+        max_size_per_user: int = 100,
+        max_messages: int = 10_000,
+        message_ttl_seconds: float = 1000,
+    ) -> UserLogs:
+        if max_messages < 10_000:
+            pytest.skip("Redis's own memory is what bounds the logs of all users together")
+        return RedisUserLogs(
+            self.redis,
+            self.keys,
+            max_size_per_user=max_size_per_user,
+            message_ttl_seconds=message_ttl_seconds,
+            clock=self.clock,
+            on_dropped=self.told.on_dropped,
+            on_corrupt=self.told.corrupt.append,
+        )
+
+    async def ledger(self, *, timeout_seconds: float = 30, max_pending: int = 1000) -> AckLedger:
+        return RedisAckLedger(
+            self.redis,
+            self.keys,
+            timeout_seconds=timeout_seconds,
+            max_pending=max_pending,
+            clock=self.clock,
+            on_acknowledged=self.told.on_acknowledged,
+            on_expired=self.told.on_expired,
+        )
+
+    async def idempotency_keys(
+        self, *, window_seconds: int = 60, max_keys: int = 100
+    ) -> IdempotencyKeys:
+        return RedisIdempotencyKeys(
+            self.redis, self.keys, window_seconds=window_seconds, clock=self.clock
+        )
+
+    async def templates(self, *, max_per_tenant: int = 100) -> TemplateStore:
+        return RedisTemplates(
+            self.redis,
+            self.keys,
+            on_corrupt=self.told.corrupt.append,
+            max_per_tenant=max_per_tenant,
+        )
+
+
+Fixture = Callable[[str], Any]
+
+
 @asynccontextmanager
-async def memory(clock: Clock) -> AsyncIterator[Memory]:
+async def memory(clock: Clock, fixture: Fixture) -> AsyncIterator[Backend]:
     """Nothing to start or to end."""
     yield Memory(clock)
 
 
-Backend = Memory
+@asynccontextmanager
+async def postgres(
+    clock: Clock, fixture: Fixture, *, statement_cache_size: int = 100
+) -> AsyncIterator[PostgresBackend]:
+    """Migrated, and gone with the test."""
+    url = os.environ.get("NOTIFYD_TEST_POSTGRES_URL") or fixture("running_postgres").url
+    async with schema(url) as its_own:
+        store = Postgres(
+            its_own,
+            CircuitBreaker(BreakerSettings()),
+            migrations=MIGRATIONS,
+            pool_max=4,
+            statement_cache_size=statement_cache_size,
+        )
+        await store.start()
+        backend = PostgresBackend(clock, store)
+        try:
+            await store.migrate()
+            yield backend
+        finally:
+            for close in backend.closers:
+                await close()
+            await store.aclose()
 
-BACKENDS: dict[str, Callable[[Clock], AbstractAsyncContextManager[Backend]]] = {"memory": memory}
+
+@asynccontextmanager
+async def pooled_postgres(clock: Clock, fixture: Fixture) -> AsyncIterator[Backend]:
+    """As behind a transaction pooler: no statement is prepared for longer than a transaction."""
+    async with postgres(clock, fixture, statement_cache_size=0) as backend:
+        yield backend
+
+
+@asynccontextmanager
+async def redis(clock: Clock, fixture: Fixture) -> AsyncIterator[RedisBackend]:
+    """Connected, under a prefix of its own."""
+    url = os.environ.get("NOTIFYD_TEST_REDIS_URL") or fixture("running_redis").url
+    keys = RedisKeys(f"test-{new_uuid()}")
+    client = Redis(url, CircuitBreaker(BreakerSettings()), probe_key=keys.probe)
+    await client.start()
+    try:
+        yield RedisBackend(clock, client, keys)
+    finally:
+        await client.aclose()
+
+
+BACKENDS: dict[str, Callable[[Clock, Fixture], AbstractAsyncContextManager[Backend]]] = {
+    "memory": memory,
+    "postgres": postgres,
+    "postgres-pooled": pooled_postgres,
+    "redis": redis,
+}
 
 
 def a_notification(

@@ -15,5 +15,5 @@ def clock() -> Clock:
 @pytest.fixture(params=sorted(BACKENDS))
 async def backend(request: pytest.FixtureRequest, clock: Clock) -> AsyncIterator[Backend]:
     """Every suite here runs against every backend."""
-    async with BACKENDS[request.param](clock) as backend:
+    async with BACKENDS[request.param](clock, request.getfixturevalue) as backend:
         yield backend

@@ -1,0 +1,147 @@
+"""What of notifyd.queue.postgres needs no server; what it promises stands in tests/contract."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import notifyd.queue.postgres
+from notifyd.idempotency import key_scope
+from notifyd.queue.postgres import (
+    MIGRATIONS,
+    QUERIES,
+    ROWS_PER_BATCH,
+    Room,
+    _admit,
+    _digest,
+    _Enqueue,
+    _Erase,
+    _Item,
+    _Log,
+    _Settle,
+    _take_ledger_calls,
+    _take_writes,
+    _Write,
+)
+from tests.unit.connected import a_notification
+
+SQL = Path(notifyd.queue.postgres.__file__).parent / "sql"
+
+
+def an_enqueue(*users: str, size: int = 100) -> _Enqueue:
+    return _Enqueue("acme", users, a_notification(), b"x" * size, 0.0)
+
+
+def a_settle(user: str) -> _Settle:
+    return _Settle(("acme", user), ["id"])
+
+
+def an_erase(user: str) -> _Erase:
+    return _Erase(("acme", user))
+
+
+def batches(*calls: _Write) -> list[list[int]]:
+    """The numbers of the calls in each batch."""
+    waiting = deque(calls)
+    found = []
+    while waiting:
+        batch: Sequence[_Write] = _take_writes(waiting)
+        found.append([calls.index(call) for call in batch])
+    return found
+
+
+class TestBatches:
+    async def test_what_does_not_depend_on_each_other_goes_together(self) -> None:
+        assert batches(
+            an_enqueue("ann"), a_settle("bob"), an_enqueue("cleo", "ann"), a_settle("ann")
+        ) == [[0, 1, 2, 3]]
+
+    async def test_what_is_stored_after_settling_stays_after_it(self) -> None:
+        assert batches(a_settle("ann"), an_enqueue("bob"), an_enqueue("cleo", "ann")) == [
+            [0, 1],
+            [2],
+        ]
+
+    async def test_erasing_goes_by_itself(self) -> None:
+        assert batches(an_enqueue("ann"), an_erase("ann"), an_erase("bob"), an_enqueue("ann")) == [
+            [0],
+            [1, 2],
+            [3],
+        ]
+
+    async def test_are_bounded_by_rows_and_bytes(self) -> None:
+        many = [str(n) for n in range(ROWS_PER_BATCH - 1)]
+        assert batches(an_enqueue(*many), an_enqueue("a"), an_enqueue("b")) == [[0, 1], [2]]
+        large = 3 * 1024 * 1024
+        assert batches(*(an_enqueue("ann", size=large) for _ in range(3))) == [[0, 1], [2]]
+
+    async def test_of_nothing_known_to_the_ledger(self) -> None:
+        assert list(_take_ledger_calls(deque())) == []
+
+
+class Full:
+    """A full log, and what comes to it: ranks in the order of their offsets."""
+
+    def __init__(self, *ranks: int, size: int, depth: int = 0, most: float = 1000) -> None:
+        self.log = _Log(0.0)
+        self.log.id = 1
+        self.log.pending = len(ranks)
+        self.log.least = sorted((rank, offset, None) for offset, rank in enumerate(ranks, 1))
+        self.next_offset = len(ranks) + 1
+        self.room = Room(max_size_per_user=size, max_messages=most, depth=depth or len(ranks))
+
+    def add(self, rank: int) -> tuple[bool, int | None]:
+        item = _Item(0, 0, self.log)
+        item.offset = self.next_offset
+        self.next_offset += 1
+        stored, loser = _admit(item, rank, self.room)
+        return stored, None if loser is None else loser.offset
+
+
+class TestMakingRoom:
+    def test_the_least_goes_first_and_of_those_the_oldest(self) -> None:
+        full = Full(1, 0, 1, 0, size=4)
+        for _ in range(3):
+            assert full.add(1) == (True, None)
+        assert full.room.victims == [(1, 2), (1, 4), (1, 1)]
+        assert (full.room.dropped, full.log.pending, full.room.depth) == (3, 4, 4)
+
+    def test_the_new_one_may_be_the_least(self) -> None:
+        full = Full(2, 2, size=2)
+        assert full.add(1) == (False, None)
+        assert (full.room.victims, full.room.dropped) == ([], 0)
+
+    def test_one_of_the_same_batch_may_be_given_up(self) -> None:
+        full = Full(2, size=2)
+        assert full.add(0) == (True, None)
+        assert full.add(1) == (True, 2)
+        assert (full.room.victims, full.log.given_up, full.room.dropped) == ([], [2], 1)
+
+    def test_over_the_bound_of_all_users_who_has_none_gets_none(self) -> None:
+        assert Full(size=10, depth=5, most=5).add(3) == (False, None)
+        own = Full(1, size=10, depth=5, most=5)
+        assert own.add(1) == (True, None)
+        assert own.room.victims == [(1, 1)]
+
+
+class TestFiles:
+    def test_every_query_has_a_sentence_and_is_used(self) -> None:
+        text = (SQL / "queries.sql").read_text()
+        described = re.findall(r"^-- name: ([a-z_]+)\n-- [A-Z]", text, re.MULTILINE)
+        code = Path(notifyd.queue.postgres.__file__).read_text()
+        used = re.findall(r'QUERIES\["([a-z_]+)"\]', code)
+        assert described == list(QUERIES)
+        assert set(used) == set(QUERIES)
+
+    def test_migrations_are_numbered_without_a_gap(self) -> None:
+        assert [each.number for each in MIGRATIONS] == list(range(1, len(MIGRATIONS) + 1))
+
+    def test_every_migration_says_what_it_is_for(self) -> None:
+        assert all(each.sql.startswith("-- ") for each in MIGRATIONS)
+
+
+def test_scopes_do_not_run_into_each_other() -> None:
+    scopes = [("a", "bc", "/r", "k"), ("ab", "c", "/r", "k"), ("a", "bc/", "r", "k")]
+    assert len({_digest(key_scope(*scope)) for scope in scopes}) == 3
