@@ -1,9 +1,11 @@
-"""Fixtures of all tests that open sockets; what they are made of stands in front_door.py."""
+"""Fixtures of all tests that open sockets; what they are made of stands in front_door.py and
+stores.py."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
@@ -11,6 +13,7 @@ import pytest
 import uvloop
 
 from tests.front_door import Host, Lane, Transport, running
+from tests.stores import PostgresServer, RedisServer, schema, serving
 
 SOCKETS = ("server", "adversity")
 
@@ -69,3 +72,58 @@ def transport(request: pytest.FixtureRequest) -> Transport:
     """Every test that uses this runs over both transports."""
     chosen: Transport = request.param
     return chosen
+
+
+@pytest.fixture(scope="session")
+def running_redis() -> Iterator[RedisServer]:
+    """One for the tests of this process; another xdist worker has its own."""
+    with serving(RedisServer) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_server(running_redis: RedisServer) -> Iterator[RedisServer]:
+    """A Redis that the test may do anything to: it is well and empty again afterwards."""
+    yield running_redis
+    running_redis.recover()
+    running_redis.command("FLUSHALL")
+
+
+@pytest.fixture
+def redis_url(request: pytest.FixtureRequest) -> str:
+    """A Redis to use, not to break; keep to a key prefix of the test's own.
+
+    NOTIFYD_TEST_REDIS_URL names another one than the tests' own.
+    """
+    if given := os.environ.get("NOTIFYD_TEST_REDIS_URL"):
+        return given
+    server: RedisServer = request.getfixturevalue("running_redis")
+    return server.url
+
+
+@pytest.fixture(scope="session")
+def running_postgres() -> Iterator[PostgresServer]:
+    """One for the tests of this process; another xdist worker has its own."""
+    with serving(PostgresServer) as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_server(running_postgres: PostgresServer) -> Iterator[PostgresServer]:
+    """A PostgreSQL that the test may do anything to: it is well again afterwards."""
+    yield running_postgres
+    running_postgres.recover()
+
+
+@pytest.fixture
+async def postgres_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    """A schema of the test's own, in a PostgreSQL to use, not to break.
+
+    NOTIFYD_TEST_POSTGRES_URL names another server than the tests' own.
+    """
+    url = os.environ.get("NOTIFYD_TEST_POSTGRES_URL")
+    if not url:
+        server: PostgresServer = request.getfixturevalue("running_postgres")
+        url = server.url
+    async with schema(url) as its_own:
+        yield its_own
