@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import msgspec
 from notifyd import __version__
 from notifyd.development import with_credentials, with_kept_credentials
 from notifyd.errors import ConfigurationError, NotifydError, ValidationError
-from notifyd.options import Settings
+from notifyd.options import BreakerSettings, Settings
 from notifyd.settings import default_config, load_settings
 
 if TYPE_CHECKING:
@@ -85,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
         "default-config", help="print every option with its default, unit and meaning"
     )
     default.set_defaults(run=_default_config)
+
+    migrate = commands.add_parser(
+        "migrate", parents=[configured], help="bring the schema in PostgreSQL up to date"
+    )
+    migrate.add_argument(
+        "--check", action="store_true", help="change nothing; say what is missing, with exit code 1"
+    )
+    migrate.set_defaults(run=_migrate)
 
     token = commands.add_parser("token", parents=[configured], help="make a user's token")
     token.add_argument("--user", required=True, help="user id")
@@ -162,12 +171,53 @@ def _check_config(arguments: Arguments, environ: Environment) -> int:
     TokenVerifier(settings.auth, production=settings.production)
     ApiKeys(settings.auth)
     ChannelRules(settings.channels.rules)
+    if "redis" in settings.backends:
+        from notifyd.redis_client import RedisAddress
+
+        RedisAddress.parse(settings.redis.url)
     print(f"The settings are fine: {settings.server.mode}, {_own_url(settings)}")
     return 0
 
 
 def _default_config(_arguments: Arguments, _environ: Environment) -> int:
     sys.stdout.write(default_config())
+    return 0
+
+
+def _migrate(arguments: Arguments, environ: Environment) -> int:
+    settings = load_settings(arguments.config, environ, warn=_warn).postgres
+    if settings.url is None:
+        raise ConfigurationError(
+            "postgres.url: is not set, nor is DATABASE_URL; set it, as "
+            "postgresql://notifyd@localhost:5432/notifyd"
+        )
+
+    from notifyd.postgres import Postgres
+    from notifyd.queue.postgres import MIGRATIONS
+    from notifyd.resilience import CircuitBreaker
+
+    postgres = Postgres(
+        settings.url,
+        CircuitBreaker(BreakerSettings()),
+        migrations=MIGRATIONS,
+        pool_max=1,
+        command_timeout_seconds=settings.command_timeout_seconds,
+        statement_cache_size=settings.statement_cache_size,
+    )
+
+    async def names() -> Sequence[str]:
+        await postgres.start()
+        try:
+            return await (postgres.check() if arguments.check else postgres.migrate())
+        finally:
+            await postgres.aclose()
+
+    found = asyncio.run(names())
+    for name in found:
+        print(f"{'missing' if arguments.check else 'applied'}: {name}")
+    if found and arguments.check:
+        return EXIT_FAILED
+    print("The schema is up to date.")
     return 0
 
 

@@ -15,6 +15,7 @@ import hashlib
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Protocol, TypeAlias
 
 import msgspec
@@ -356,6 +357,112 @@ class MemoryIdempotencyKeys:
 
     def _forget(self, scope: Scope) -> None:
         self._kept_bytes -= len(self._kept.pop(scope).answer.body)
+
+
+class _Shared(Fresh):
+    """A key that is this node's both in its memory and in the store."""
+
+    __slots__ = ("local", "stored")
+
+    def __init__(self, keys: FallbackIdempotencyKeys, local: Fresh, stored: Fresh) -> None:
+        super().__init__(keys, local.scope)
+        self.local = local
+        self.stored = stored
+
+
+class _WaitForOthers(Wait):
+    """Another node is at work; here, others wait behind `local`."""
+
+    __slots__ = ("_local", "_shared_keys")
+
+    def __init__(self, keys: FallbackIdempotencyKeys, local: Fresh, fingerprint: bytes) -> None:
+        super().__init__(keys, local.scope, fingerprint)
+        self._shared_keys = keys
+        self._local = local
+
+    def outcome(self) -> Awaitable[Fresh | Replay]:
+        """What `Wait.outcome` says."""
+        return self._shared_keys.wait_for_others(self._local, self._fingerprint)
+
+
+class FallbackIdempotencyKeys:
+    """Keys in a store that all nodes share, and in this node's memory, which is asked first.
+
+    While the store is down the memory stands in: a call repeated at this node delivers nothing
+    twice, whether it came first before or during that. Of calls with one key only one at a time
+    asks the store; nothing it says of being down reaches a caller.
+    """
+
+    def __init__(self, store: IdempotencyKeys, memory: MemoryIdempotencyKeys) -> None:
+        self._store = store
+        self._memory = memory
+
+    def claim(self, scope: Scope, fingerprint: bytes) -> Eventually[Fresh | Replay | Wait]:
+        """Who works on this key; immediate where this node knows.
+
+        Raises ValidationError where its body was another one, Unavailable where no more keys can
+        be at work at this node.
+        """
+        local = self._memory.claim(scope, fingerprint)
+        if isinstance(local, Fresh):
+            return self._claim_stored(local, fingerprint)
+        return Wait(self, scope, fingerprint) if isinstance(local, Wait) else local
+
+    async def wait(self, scope: Scope, fingerprint: bytes) -> Fresh | Replay:
+        """What `Wait.outcome` says."""
+        local = await self._memory.wait(scope, fingerprint)
+        if isinstance(local, Replay):
+            return local
+        return await self.wait_for_others(local, fingerprint)
+
+    async def wait_for_others(self, local: Fresh, fingerprint: bytes) -> Fresh | Replay:
+        """The outcome in the store of a key that is ours in memory."""
+        try:
+            stored = await self._store.wait(local.scope, fingerprint)
+        except Unavailable:
+            return local
+        except BaseException:
+            local.abandon()
+            raise
+        return self._joined(local, stored)
+
+    async def _claim_stored(self, local: Fresh, fingerprint: bytes) -> Fresh | Replay | Wait:
+        try:
+            stored: Fresh | Replay | Wait
+            stored = await settled(self._store.claim(local.scope, fingerprint))
+        except Unavailable:
+            return local
+        except BaseException:
+            local.abandon()
+            raise
+        if isinstance(stored, Wait):
+            return _WaitForOthers(self, local, fingerprint)
+        return self._joined(local, stored)
+
+    def _joined(self, local: Fresh, stored: Fresh | Replay) -> Fresh | Replay:
+        if isinstance(stored, Fresh):
+            return _Shared(self, local, stored)
+        local.complete(stored.answer)
+        return stored
+
+    async def keep(self, claim: Fresh, answer: KeptAnswer) -> None:
+        """What `Fresh.complete` says. Where the store is down, this node alone knows the answer."""
+        assert isinstance(claim, _Shared)  # noqa: S101  # for the type checker: we gave it out
+        claim.local.complete(answer)
+        # What was done was done: its caller hears of it, and not of the store.
+        with suppress(Unavailable):
+            await settled(claim.stored.complete(answer))
+
+    async def release(self, claim: Fresh) -> None:
+        """What `Fresh.abandon` says. Where the store is down, the key's lease there runs out."""
+        assert isinstance(claim, _Shared)  # noqa: S101  # for the type checker: we gave it out
+        claim.local.abandon()
+        with suppress(Unavailable):
+            await settled(claim.stored.abandon())
+
+    def lost(self, claim: Fresh) -> None:
+        """The claim went away without an end, and with it those in memory and store, which each
+        say so themselves."""
 
 
 def _check_same_body(first: bytes, second: bytes) -> None:

@@ -57,7 +57,8 @@ _BEARER = re.compile(r"(?i)\b(bearer(?:[\s.+:]|%20)++)[^\s,;\"'&<>)\]]++")
 _NAMED = r"(?i)((?:token|secret|password|passwd|passphrase|api[_-]?key|(?<![a-z])(?:key|jwt))"
 _ASSIGNED = re.compile(_NAMED + r"(?:=|%3d))(?:\"[^\"]*+\"?|'[^']*+'?|[^\s&\"'<>;,)\]]++)")
 _MEMBER = re.compile(_NAMED + r"\\?['\"]\s*+:\s*+b?\\?['\"])[^'\"\\]++")
-_USERINFO = re.compile(r"(://[^\s/:@\"']*+:)[^\s/@\"']++@")
+# Up to the last @: a password may have been written with one in it.
+_USERINFO = re.compile(r"(://[^\s/:@\"']*+:)[^\s/\"']+@")
 
 
 # Every secret above needs one of the characters that are missing here, or the word bearer.

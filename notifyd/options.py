@@ -8,6 +8,7 @@ know.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -36,6 +37,10 @@ def count(unit: str, least: int = 1, most: int | None = None) -> Meta:
 Text = Annotated[str, Meta(min_length=1)]
 Seconds = Annotated[float, Meta(gt=0, le=315_360_000, extra={"unit": "seconds"})]
 SECRET = Meta(extra={"secret": True})
+ADDRESS = Meta(extra={"address": True})
+"""A URL that may hold a password."""
+
+Backend = Literal["memory", "redis", "postgres"]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,9 +50,32 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         shown = []
         for field in fields(type(self)):
             value = getattr(self, field.name)
-            hidden = value and metadata(field.type).extra.get("secret")
-            shown.append(f"{field.name}={'***' if hidden else repr(value)}")
+            extra = metadata(field.type).extra
+            if value and extra.get("secret"):
+                text = "***"
+            else:
+                text = repr(shown_address(value) if value and extra.get("address") else value)
+            shown.append(f"{field.name}={text}")
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+_HOST = r"(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::[0-9]+)?"
+_ADDRESS = re.compile(
+    rf"([a-z+]+://)([^@/?#\s]*@)?((?:{_HOST}(?:,{_HOST})*)?(?:/[A-Za-z0-9._~/-]*)?)([?#][^@]*)?"
+)
+
+
+def shown_address(url: str) -> str:
+    """A URL as it may be shown: without who connects, by what password, with which options.
+
+    Whatever is not quite a URL, as with a password that was not percent-encoded, is shown not at
+    all.
+    """
+    found = _ADDRESS.fullmatch(url)
+    if found is None:
+        return "***"
+    scheme, whom, where, options = found.groups()
+    return f"{scheme}{'***@' if whom else ''}{where}{'?***' if options else ''}"
 
 
 class ServerSettings(Section, frozen=True, kw_only=True):
@@ -307,15 +335,29 @@ class QueueSettings(Section, frozen=True, kw_only=True):
         bool, says("Whether notifications to users are kept until they are confirmed.")
     ] = True
     backend: Annotated[
-        Literal["memory"], says("Where: in the `memory` of this process, until it ends.")
+        Backend,
+        says(
+            "Where: in the `memory` of this process, until it ends; in Redis; or in PostgreSQL. "
+            "Templates and idempotency keys are kept there too."
+        ),
     ] = "memory"
+    mode: Annotated[
+        Literal["offline", "always"],
+        says(
+            "`offline` stores what nobody took, and a crash loses what was sent and not yet "
+            "confirmed; `always` stores before it sends, and sends nothing to a user while the "
+            "store is down."
+        ),
+    ] = "offline"
     max_size_per_user: Annotated[
         int,
         count("notifications"),
         says("Kept for one user; beyond it the lowest priority, the oldest first, is given up."),
     ] = 1000
     max_messages: Annotated[
-        int, count("notifications"), says("Kept in all, for all users together.")
+        int,
+        count("notifications"),
+        says("Kept in all, for all users together, where that is in memory."),
     ] = 1_000_000
     message_ttl_seconds: Annotated[
         Seconds, says("How long one is kept; a notification's own ttl may be shorter.")
@@ -328,7 +370,8 @@ class AckSettings(Section, frozen=True, kw_only=True):
 
     enabled: Annotated[bool, says("Whether acks are kept account of.")] = True
     backend: Annotated[
-        Literal["memory"], says("Where: in the `memory` of this process, until it ends.")
+        Backend,
+        says("Where: in the `memory` of this process, until it ends; in Redis; or in PostgreSQL."),
     ] = "memory"
     timeout_seconds: Annotated[
         Seconds,
@@ -349,9 +392,60 @@ class IdempotencySettings(Section, frozen=True, kw_only=True):
     max_keys: Annotated[int, count("keys"), says("Keys remembered, the last ones.")] = 100_000
 
 
+class RedisSettings(Section, frozen=True, kw_only=True):
+    """Redis 6.2 or newer; used where a backend says so."""
+
+    url: Annotated[
+        Text,
+        ADDRESS,
+        says(
+            "Where it is: redis://[[user:]password@]host[:port][/database], rediss:// with TLS, or "
+            "unix:///path. The variable REDIS_URL is read where this is unset; with a password "
+            "easiest as NOTIFYD_REDIS__URL_FILE."
+        ),
+    ] = "redis://localhost:6379"
+    key_prefix: Annotated[
+        Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")],
+        says("What every key begins with: two servers with different ones share a Redis."),
+    ] = "notifyd"
+    command_timeout_seconds: Annotated[
+        Seconds, says("An answer that takes longer is a failure.")
+    ] = 2
+
+
+class PostgresSettings(Section, frozen=True, kw_only=True):
+    """PostgreSQL 13 or newer; used where a backend says so."""
+
+    url: Annotated[
+        Text | None,
+        ADDRESS,
+        says(
+            "Where it is. The variable DATABASE_URL is read where this is unset; with a password "
+            "easiest as NOTIFYD_POSTGRES__URL_FILE.",
+            example="postgresql://notifyd@localhost:5432/notifyd",
+        ),
+    ] = None
+    pool_min: Annotated[int, count("connections", 0, 1000), says("Connections kept open.")] = 1
+    pool_max: Annotated[int, count("connections", 1, 1000), says("Connections at most.")] = 10
+    command_timeout_seconds: Annotated[
+        Seconds, says("A transaction that takes longer is a failure.")
+    ] = 5
+    statement_cache_size: Annotated[
+        int,
+        count("statements", 0, 10_000),
+        says("Prepared statements kept on a connection; 0 behind a transaction pooler."),
+    ] = 100
+    migrate_on_start: Annotated[
+        bool,
+        says(
+            "Whether a start brings the schema up to date; else it is refused until "
+            "`notifyd migrate` was run."
+        ),
+    ] = True
+
+
 class BreakerSettings(Section, frozen=True, kw_only=True):
-    """When a store counts as down, and how often it is tried then; Redis and Postgres alike, each
-    for itself."""
+    """When Redis or PostgreSQL counts as down, each by itself, and how often it is tried then."""
 
     failure_threshold: Annotated[
         int,
@@ -362,7 +456,7 @@ class BreakerSettings(Section, frozen=True, kw_only=True):
         int, count("successes"), says("Probes that must succeed to close it again.")
     ] = 2
     reset_timeout_seconds: Annotated[
-        Seconds, says("While it is open, the store is probed at least so often.")
+        Seconds, says("A pause between probes is never longer, however far it grew.")
     ] = 30
     backoff_initial_ms: Annotated[
         int,
@@ -420,6 +514,9 @@ class Settings(Section, frozen=True, kw_only=True):
     queue: QueueSettings = QueueSettings()
     ack: AckSettings = AckSettings()
     idempotency: IdempotencySettings = IdempotencySettings()
+    redis: RedisSettings = RedisSettings()
+    breaker: BreakerSettings = BreakerSettings()
+    postgres: PostgresSettings = PostgresSettings()
     cors: CorsSettings = CorsSettings()
     metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
@@ -436,6 +533,16 @@ class Settings(Section, frozen=True, kw_only=True):
         """Whether this is `server.mode = "production"`."""
         return self.server.mode == "production"
 
+    @property
+    def backends(self) -> frozenset[Backend]:
+        """The backends that something is kept in."""
+        chosen: set[Backend] = set()
+        if self.queue.enabled:
+            chosen.add(self.queue.backend)
+        if self.ack.enabled:
+            chosen.add(self.ack.backend)
+        return frozenset(chosen)
+
 
 class Metadata(msgspec.Struct, frozen=True):
     """What is said about a field beside its type."""
@@ -449,7 +556,8 @@ class Option(msgspec.Struct, frozen=True):
     """One option as texts need it.
 
     `default` is a TOML value, None where it is unset; `example` stands for one that is unset or
-    empty; `expects` says what it takes ("a whole number from 0 to 65535").
+    empty; `expects` says what it takes ("a whole number from 0 to 65535"). An `address` is a URL,
+    in which there may be a password.
     """
 
     section: str
@@ -460,6 +568,7 @@ class Option(msgspec.Struct, frozen=True):
     example: object
     expects: str
     secret: bool
+    address: bool
     kind: inspect.Type
     annotation: object
 
@@ -489,6 +598,7 @@ def options() -> Iterator[Option]:
                 example=said.example,
                 expects=expectation(field.type, hints[field.name]),
                 secret=bool(said.extra.get("secret")),
+                address=bool(said.extra.get("address")),
                 kind=field.type,
                 annotation=hints[field.name],
             )

@@ -16,7 +16,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.resources.abc import Traversable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import hiredis
@@ -154,9 +154,9 @@ class _Link(asyncio.Protocol):
         self._late = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101  # for the type checker
-        self.transport = transport
-        transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
+        # uvloop's transports are asyncio's in all but their class.
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
 
     def pause_writing(self) -> None:
         self.full = True

@@ -27,6 +27,7 @@ from notifyd.options import (
     AckSettings,
     ApiKeySettings,
     AuthSettings,
+    BreakerSettings,
     ChannelRule,
     ChannelSettings,
     CorsSettings,
@@ -34,7 +35,9 @@ from notifyd.options import (
     LogSettings,
     MetricsSettings,
     Option,
+    PostgresSettings,
     QueueSettings,
+    RedisSettings,
     ServerSettings,
     Settings,
     WebSocketSettings,
@@ -42,12 +45,14 @@ from notifyd.options import (
     expectation,
     options,
     sections,
+    shown_address,
 )
 
 __all__ = [
     "AckSettings",
     "ApiKeySettings",
     "AuthSettings",
+    "BreakerSettings",
     "ChannelRule",
     "ChannelSettings",
     "CorsSettings",
@@ -55,7 +60,9 @@ __all__ = [
     "LogSettings",
     "MetricsSettings",
     "Option",
+    "PostgresSettings",
     "QueueSettings",
+    "RedisSettings",
     "ServerSettings",
     "Settings",
     "WebSocketSettings",
@@ -67,6 +74,9 @@ __all__ = [
 
 PREFIX = "NOTIFYD_"
 CONFIG_VARIABLE = "NOTIFYD_CONFIG"
+COMMON_VARIABLES = {"REDIS_URL": ("redis", "url"), "DATABASE_URL": ("postgres", "url")}
+"""What platforms call it; read where ours is unset."""
+
 MIN_API_KEY_CHARACTERS = 16
 MIN_SECRET_BYTES = {"HS256": 32, "HS384": 48, "HS512": 64}
 
@@ -82,8 +92,9 @@ def load_settings(
 
     `path` is the file named on the command line; without it, NOTIFYD_CONFIG names one, or there is
     none. An empty variable counts as unset. `overrides` maps `section.key` to a text and stands for
-    flags of the command line. `warn` gets one sentence for each variable that looks like a misspelt
-    one of ours.
+    flags of the command line. REDIS_URL and DATABASE_URL are taken where neither file nor
+    environment says otherwise. `warn` gets one sentence for each variable that looks like a
+    misspelt one of ours.
 
     Raises ConfigurationError with everything that is wrong, one line each.
     """
@@ -103,6 +114,7 @@ def problems(settings: Settings) -> list[str]:
     """
     found = [
         *_limits(settings),
+        *_stores(settings),
         *_server(settings.server),
         *_secrets(settings.auth),
         *_public_keys(settings.auth, production=settings.production),
@@ -204,6 +216,9 @@ class _Reader:
                     f"{variable}: unknown variable; the nearest known one is {near.variable} "
                     f"({near.name})"
                 )
+        for variable, (section, key) in COMMON_VARIABLES.items():
+            if f"{section}.{key}" not in self.origins and (url := environ.get(variable)):
+                self.text(section, key, url, variable)
 
     def _from_file(
         self, section: str, key: str, path: str, variable: str, environ: Mapping[str, str]
@@ -275,6 +290,7 @@ class _Reader:
             return f"{where}: expected {expectation(_inside(option.kind, inner))} ({origin})"
         # What a list or a text holds may be a secret in the wrong place.
         plain = not option.secret and isinstance(option.default, str | int | float)
+        plain = plain and not option.address
         got = f", got {_show(value)}" if plain else ""
         return f"{option.name}: expected {option.expects}{got} ({origin})"
 
@@ -333,7 +349,7 @@ def _limits(settings: Settings) -> Iterator[str]:
             f"websocket.outbox_total_bytes: {websocket.outbox_total_bytes} must be at least "
             f"websocket.outbox_max_bytes ({websocket.outbox_max_bytes})"
         )
-    if queue.max_messages < queue.max_size_per_user:
+    if queue.backend == "memory" and queue.max_messages < queue.max_size_per_user:
         yield (
             f"queue.max_messages: {queue.max_messages} must be at least queue.max_size_per_user "
             f"({queue.max_size_per_user})"
@@ -430,6 +446,71 @@ def _origins(cors: CorsSettings) -> Iterator[str]:
         sent = f"{url.scheme}://{host}{port}"
         if origin != sent:
             yield f'cors.origins: "{origin}" is not what a browser sends; write "{sent}"'
+
+
+def _stores(settings: Settings) -> Iterator[str]:
+    queue, breaker, postgres = settings.queue, settings.breaker, settings.postgres
+    if breaker.backoff_initial_ms > breaker.backoff_max_ms:
+        yield (
+            f"breaker.backoff_initial_ms: {breaker.backoff_initial_ms} must be at most "
+            f"breaker.backoff_max_ms ({breaker.backoff_max_ms})"
+        )
+    if postgres.pool_min > postgres.pool_max:
+        yield (
+            f"postgres.pool_min: {postgres.pool_min} must be at most postgres.pool_max "
+            f"({postgres.pool_max})"
+        )
+    if queue.mode == "always" and not queue.enabled:
+        yield (
+            'queue.mode: "always" stores everything, and the queue is switched off; set '
+            "queue.enabled to true"
+        )
+    for section, uses in (("queue", queue), ("ack", settings.ack)):
+        if uses.enabled and uses.backend == "postgres" and postgres.url is None:
+            yield (
+                f'postgres.url: {section}.backend is "postgres" and needs to know where it is; set '
+                "it, as postgresql://notifyd@localhost:5432/notifyd"
+            )
+            break
+    if "redis" in settings.backends:
+        yield from _redis_url(settings.redis.url)
+    if "postgres" in settings.backends and postgres.url is not None:
+        yield from _postgres_url(postgres.url)
+
+
+def _redis_url(text: str) -> Iterator[str]:
+    said = f"redis.url: {shown_address(text)}"
+    url = _parts(text)
+    if url is None or url.scheme not in {"redis", "rediss", "unix"}:
+        yield f"{said} is no URL of a Redis; write it as redis://localhost:6379"
+    elif url.scheme == "unix":
+        if not url.path.strip("/"):
+            yield f"{said} names no socket; write it as unix:///run/redis.sock"
+    elif not url.hostname:
+        yield f"{said} names no host; write it as redis://localhost:6379"
+    elif not re.fullmatch(r"(/[0-9]*)?", url.path):
+        yield f"{said}: a database has a number; write it as redis://localhost:6379/0"
+
+
+def _postgres_url(text: str) -> Iterator[str]:
+    said = f"postgres.url: {shown_address(text)}"
+    scheme = text.partition(":")[0]
+    # Several hosts, as libpq has them, are no URL of RFC 3986: their ports are not looked at.
+    several = "," in text.partition("://")[2].partition("/")[0].rpartition("@")[2]
+    if scheme not in {"postgresql", "postgres"} or not (several or _parts(text)):
+        yield (
+            f"{said} is no URL of a PostgreSQL; write it as "
+            "postgresql://notifyd@localhost:5432/notifyd"
+        )
+
+
+def _parts(text: str) -> SplitResult | None:
+    """The parts of a URL; None for any other text."""
+    try:
+        url = urlsplit(text)
+        return url if "://" in text and url.port != 0 else None
+    except ValueError:
+        return None
 
 
 _PORTS = {"http": 80, "https": 443}

@@ -8,14 +8,16 @@ the string that it is inserted into.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from notifyd.errors import Conflict, NotFound, ValidationError
-from notifyd.eventually import Eventually
+from notifyd.errors import Conflict, NotFound, Unavailable, ValidationError
+from notifyd.eventually import Eventually, settled
 from notifyd.identifiers import timestamp_text
 from notifyd.notification import MAX_NOTIFICATION_BYTES, MAX_PAYLOAD_DEPTH, Priority
 from notifyd.wire import nested_too_deep, normalise_payload
@@ -23,6 +25,12 @@ from notifyd.wire import nested_too_deep, normalise_payload
 MAX_TEMPLATE_BYTES = 65536
 MAX_TEMPLATES = 10_000
 """Templates that one tenant may have."""
+
+CACHE_SECONDS = 5.0
+"""How long a template is taken from memory before the store is asked again."""
+
+MAX_CACHED = 1000
+"""Templates kept in memory beside a store: 64 MiB of them at most."""
 
 MAX_NAME = 128
 MAX_EVENT_TYPE = 128
@@ -41,6 +49,7 @@ _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
 Path = tuple[str, ...]
+T = TypeVar("T")
 
 
 class Placeholder(msgspec.Struct, frozen=True):
@@ -374,3 +383,92 @@ class MemoryTemplates:
         del templates[id]
         if not templates:
             del self._tenants[tenant]
+
+
+class _Cached(msgspec.Struct, frozen=True, gc=False):
+    template: Template
+    fresh_until: float
+
+
+class CachedTemplates:
+    """A store's templates, those used last in memory: `get` is immediate for `seconds` after one.
+
+    What this process writes it sees at once, what others write after `seconds`. While the store is
+    down the last known one is given, however old. `clock` is in seconds and only grows.
+    """
+
+    def __init__(
+        self,
+        store: TemplateStore,
+        *,
+        seconds: float = CACHE_SECONDS,
+        max_cached: int = MAX_CACHED,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._seconds = seconds
+        self._max_cached = max_cached
+        self._clock = clock
+        self._cached: OrderedDict[tuple[str, str], _Cached] = OrderedDict()
+        self._writes = 0
+
+    def get(self, tenant: str, id: str) -> Eventually[Template]:
+        """Raises NotFound; Unavailable where the store is down and the template not known here."""
+        cached = self._cached.get((tenant, id))
+        if cached is not None:
+            self._cached.move_to_end((tenant, id))
+            if self._clock() < cached.fresh_until:
+                return cached.template
+        return self._ask(tenant, id, cached)
+
+    async def _ask(self, tenant: str, id: str, cached: _Cached | None) -> Template:
+        writes = self._writes
+        try:
+            template = await settled(self._store.get(tenant, id))
+        except Unavailable:
+            if cached is None:
+                raise
+            return cached.template
+        except NotFound:
+            self._cached.pop((tenant, id), None)
+            raise
+        if writes == self._writes:
+            # Otherwise this may be what stood there before.
+            self._keep(tenant, template)
+        return template
+
+    def list(self, tenant: str) -> Eventually[Sequence[Template]]:
+        """All of a tenant's templates, by id; always the store's."""
+        return self._store.list(tenant)
+
+    async def create(self, tenant: str, template: Template) -> Template:
+        """Raises Conflict for an id that is taken, or when the tenant has as many as it may."""
+        return await self._written(tenant, template.id, self._store.create(tenant, template))
+
+    async def replace(self, tenant: str, template: Template) -> Template:
+        """Put `template` in place of its namesake, whose `created_at` stays; raises NotFound."""
+        return await self._written(tenant, template.id, self._store.replace(tenant, template))
+
+    async def delete(self, tenant: str, id: str) -> None:
+        """Raises NotFound."""
+        await self._written(tenant, id, self._store.delete(tenant, id))
+
+    async def _written(self, tenant: str, id: str, writing: Eventually[T]) -> T:
+        """What `writing` gives; the template is not known meanwhile, and not after a failure that
+        leaves open whether it was written."""
+        self._forget(tenant, id)
+        try:
+            return await settled(writing)
+        finally:
+            self._forget(tenant, id)
+
+    def _forget(self, tenant: str, id: str) -> None:
+        self._writes += 1
+        self._cached.pop((tenant, id), None)
+
+    def _keep(self, tenant: str, template: Template) -> None:
+        key = tenant, template.id
+        self._cached[key] = _Cached(template, self._clock() + self._seconds)
+        self._cached.move_to_end(key)
+        if len(self._cached) > self._max_cached:
+            self._cached.popitem(last=False)

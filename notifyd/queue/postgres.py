@@ -1513,16 +1513,15 @@ class PostgresIdempotencyKeys:
 
     async def wait(self, scope: Scope, fingerprint: bytes) -> Fresh | Replay:
         """What `Wait.outcome` says. Raises Unavailable too."""
-        waiting = self._waiting.setdefault(scope, set())
-        if len(waiting) >= self._max_waiters:
+        if len(self._waiting.get(scope, ())) >= self._max_waiters:
             raise RateLimited(
                 "Too many calls wait for the answer of one idempotency key.", retry_after=1
             )
         pause = _POLL_FIRST_SECONDS
         while True:
-            # Before the claim, so that no end that comes after it is missed.
+            # Listens before it claims, so that it misses no end that comes after that.
             ended = _future()
-            waiting.add(ended)
+            self._waiting.setdefault(scope, set()).add(ended)
             try:
                 claim = await self.claim(scope, fingerprint)
                 if not isinstance(claim, Wait):
@@ -1531,10 +1530,13 @@ class PostgresIdempotencyKeys:
                 await asyncio.wait((ended,), timeout=_POLL_LONGEST_SECONDS if here else pause)
                 pause = min(2 * pause, _POLL_LONGEST_SECONDS)
             finally:
-                waiting.discard(ended)
-                if not waiting and self._waiting.get(scope) is waiting:
-                    del self._waiting[scope]
-            waiting = self._waiting.setdefault(scope, set())
+                self._stop_waiting(scope, ended)
+
+    def _stop_waiting(self, scope: Scope, ended: asyncio.Future[None]) -> None:
+        waiting = self._waiting[scope]
+        waiting.discard(ended)
+        if not waiting:
+            del self._waiting[scope]
 
     def keep(self, claim: Fresh, answer: KeptAnswer) -> Awaitable[None]:
         """What `Fresh.complete` says, of an answer that is kept. Raises Unavailable."""

@@ -212,7 +212,7 @@ class RedisUserLogs:
         """See `UserLogs.read`. What cannot be read is set aside, and the page goes on without."""
         name = member(tenant, user_id)
         keys = self._buckets[bucket_of(name)].with_user(name)
-        args = (_milliseconds(self._clock), after, max_bytes, ENTRY_BYTES, name, self._rest)
+        args = (_milliseconds(self._clock), after, max_bytes, name, self._rest)
         return self._redis.run(self._read, keys, args, partial(self._page, name))
 
     def _page(self, name: str, answer: list[Any]) -> Page:
@@ -223,7 +223,7 @@ class RedisUserLogs:
         for place in range(5, len(answer), 3):
             offset, id, data = answer[place : place + 3]
             try:
-                notification = decode_entry(data[8:])
+                notification = decode_entry(data[21:])
                 if notification.id.encode() != id:
                     raise CorruptEntry("shape", "it has another's id")
             except CorruptEntry as error:
@@ -303,10 +303,6 @@ class RedisUserLogs:
         """See `UserLogs.depth`."""
         calls = [self._redis.command("GET", bucket.depth) for bucket in self._buckets]
         return sum(max(0, int(pending or 0)) for pending in await asyncio.gather(*calls))
-
-
-ENTRY_BYTES = 256
-"""The least that an entry counts against a page, as `entry_bytes` has it."""
 
 
 # --- the ledger -----------------------------------------------------------------------------------

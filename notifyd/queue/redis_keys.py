@@ -1,6 +1,6 @@
 """Every key that we have in Redis, composed here and nowhere else.
 
-    prefix:{<bucket>}:log:<tenant>|<user>      a user's log, with order: and expiry: beside it
+    prefix:{<bucket>}:log:<tenant>|<user>      a user's log, with order: beside it
     prefix:{<bucket>}:depth                    what a bucket counts, with due and corrupt beside it
     prefix:{acks}:record:<tenant>|<id>         a notification in the ledger, with pending: beside it
     prefix:{acks}:stats                        what the ledger counts, with order, due and times
@@ -52,15 +52,14 @@ class Bucket(NamedTuple):
     corrupt: str
     log: str
     order: str
-    expiry: str
 
-    def of(self, member: str) -> tuple[str, str, str]:
-        """A user's log, order and expiry."""
-        return self.log + member, self.order + member, self.expiry + member
+    def of(self, member: str) -> tuple[str, str]:
+        """A user's log and its order."""
+        return self.log + member, self.order + member
 
-    def with_user(self, member: str) -> tuple[str, str, str, str, str]:
+    def with_user(self, member: str) -> tuple[str, str, str, str]:
         """The keys of a script on one user's log."""
-        return self.depth, self.due, self.log + member, self.order + member, self.expiry + member
+        return self.depth, self.due, self.log + member, self.order + member
 
 
 class LedgerKeys(msgspec.Struct, frozen=True):
@@ -99,7 +98,6 @@ class RedisKeys:
             f"{tag}corrupt",
             f"{tag}log:",
             f"{tag}order:",
-            f"{tag}expiry:",
         )
 
     def templates(self, tenant: str) -> str:

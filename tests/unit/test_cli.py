@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -39,7 +40,7 @@ class TestUsage:
         "argv",
         [
             [],
-            ["migrate"],
+            ["migrate", "--nonsense"],
             ["serve", "--nonsense"],
             ["token"],
             ["token", "--user", "u", "--ttl", "soon"],
@@ -138,6 +139,54 @@ class TestCheckConfig:
         }
         assert cli.main(["check-config"], environ) == 0
         assert url in capsys.readouterr().out
+
+
+    def test_looks_into_the_stores_that_are_used(self, capsys: pytest.CaptureFixture[str]) -> None:
+        environ = {
+            "NOTIFYD_QUEUE__BACKEND": "redis",
+            "REDIS_URL": "redis://:s3cret@localhost?nonsense=1",
+        }
+        assert cli.main(["check-config"], environ) == 2
+        err = capsys.readouterr().err
+        assert "redis.url: unknown option 'nonsense'" in err
+        assert "s3cret" not in err
+        assert cli.main(["check-config"], environ | {"REDIS_URL": "redis://localhost"}) == 0
+
+
+class TestMigrate:
+    async def migrate(self, url: str, *flags: str) -> int:
+        # In a thread, because the command has an event loop of its own.
+        return await asyncio.to_thread(cli.main, ["migrate", *flags], {"DATABASE_URL": url})
+
+    async def test_says_what_is_missing_and_applies_it(
+        self, postgres_url: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert await self.migrate(postgres_url, "--check") == 1
+        missing = capsys.readouterr().out.splitlines()
+        assert missing
+        assert all(line.startswith("missing: ") for line in missing)
+        assert await self.migrate(postgres_url) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            *(line.replace("missing", "applied") for line in missing),
+            "The schema is up to date.",
+        ]
+        for flags in ((), ("--check",)):
+            assert await self.migrate(postgres_url, *flags) == 0
+            assert capsys.readouterr().out == "The schema is up to date.\n"
+
+    async def test_a_database_that_cannot_be_used_is_2(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for flags in ((), ("--check",)):
+            assert await self.migrate("postgresql://u:s3cret@127.0.0.1:1/db", *flags) == 2
+            out, err = capsys.readouterr()
+            assert out == ""
+            assert "postgres.url: the database cannot be used" in err
+            assert "s3cret" not in err
+
+    def test_without_a_database_it_is_2(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["migrate"], {}) == 2
+        assert "postgres.url: is not set, nor is DATABASE_URL" in capsys.readouterr().err
 
 
 def test_default_config(capsys: pytest.CaptureFixture[str]) -> None:

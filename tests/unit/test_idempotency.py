@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from notifyd.errors import RateLimited, Unavailable, ValidationError
-from notifyd.eventually import is_awaitable
+from notifyd.eventually import is_awaitable, settled
 from notifyd.idempotency import (
     Answered,
+    FallbackIdempotencyKeys,
     Fresh,
     KeptAnswer,
     MemoryIdempotencyKeys,
@@ -371,3 +372,207 @@ class TestAnswerOnce:
         del first, pending
         gc.collect()
         assert answer_once(keys, SCOPE, A, lambda: OK) == Answered(OK, replayed=False)
+
+
+class Store:
+    """Keys that several nodes share, as Redis has them; `down` is a fault that a test switches."""
+
+    def __init__(self) -> None:
+        self.down = False
+        self.asked = 0
+        self._memory = memory()
+        self._claims: dict[int, Fresh] = {}
+
+    def _reach(self) -> None:
+        self.asked += 1
+        if self.down:
+            raise Unavailable("The store is down.")
+
+    def _shown(self, claim: Fresh | Replay | Wait, body: bytes) -> Fresh | Replay | Wait:
+        if isinstance(claim, Replay):
+            return claim
+        if isinstance(claim, Wait):
+            return Wait(self, claim._scope, body)
+        shown = Fresh(self, claim.scope)
+        self._claims[id(shown)] = claim
+        return shown
+
+    async def claim(self, scope: Scope, fingerprint: bytes) -> Fresh | Replay | Wait:
+        self._reach()
+        await asyncio.sleep(0)
+        return self._shown(self._memory.claim(scope, fingerprint), fingerprint)
+
+    async def wait(self, scope: Scope, fingerprint: bytes) -> Fresh | Replay:
+        self._reach()
+        shown = self._shown(await self._memory.wait(scope, fingerprint), fingerprint)
+        assert not isinstance(shown, Wait)
+        return shown
+
+    async def keep(self, claim: Fresh, answer: KeptAnswer) -> None:
+        self._reach()
+        self._memory.keep(self._claims.pop(id(claim)), answer)
+
+    async def release(self, claim: Fresh) -> None:
+        self._reach()
+        self._memory.release(self._claims.pop(id(claim)))
+
+    def lost(self, claim: Fresh) -> None:
+        self._memory.release(self._claims.pop(id(claim)))
+
+
+async def claimed(
+    keys: FallbackIdempotencyKeys, where: Scope = SCOPE, body: bytes = A
+) -> Fresh | Replay | Wait:
+    claim: Fresh | Replay | Wait = await settled(keys.claim(where, body))
+    return claim
+
+
+async def ours(keys: FallbackIdempotencyKeys, where: Scope = SCOPE, body: bytes = A) -> Fresh:
+    claim = await claimed(keys, where, body)
+    assert isinstance(claim, Fresh)
+    return claim
+
+
+async def others(keys: FallbackIdempotencyKeys, where: Scope = SCOPE, body: bytes = A) -> Wait:
+    claim = await claimed(keys, where, body)
+    assert isinstance(claim, Wait)
+    return claim
+
+
+class TestFallback:
+    def nodes(self) -> tuple[Store, FallbackIdempotencyKeys, FallbackIdempotencyKeys]:
+        store = Store()
+        return (
+            store,
+            FallbackIdempotencyKeys(store, memory()),
+            FallbackIdempotencyKeys(store, memory()),
+        )
+
+    async def test_an_answer_is_known_to_every_node(self) -> None:
+        _, one, other = self.nodes()
+        await settled((await ours(one)).complete(OK))
+        for node in (one, other):
+            assert await claimed(node) == Replay(OK)
+
+    async def test_what_this_node_knows_it_says_at_once(self) -> None:
+        store, one, _ = self.nodes()
+        claim = await ours(one)
+        asked = store.asked
+        waiting = one.claim(SCOPE, A)
+        assert isinstance(waiting, Wait)
+        await settled(claim.complete(OK))
+        assert one.claim(SCOPE, A) == Replay(OK)
+        assert store.asked == asked + 1
+
+    async def test_the_same_key_at_another_node_waits(self) -> None:
+        _, one, other = self.nodes()
+        claim = await ours(one)
+        outcome = await started((await others(other)).outcome())  # type: ignore[arg-type]  # is one
+        behind = await started((await others(other)).outcome())  # type: ignore[arg-type]  # is one
+        await settled(claim.complete(OK))
+        assert await outcome == Replay(OK)
+        assert await behind == Replay(OK)
+
+    async def test_who_waited_works_where_the_first_gave_up(self) -> None:
+        _, one, other = self.nodes()
+        claim = await ours(one)
+        outcome = await started((await others(other)).outcome())  # type: ignore[arg-type]  # is one
+        await settled(claim.abandon())
+        again = await outcome
+        assert isinstance(again, Fresh)
+        await settled(again.complete(OK))
+        assert await claimed(one) == Replay(OK)
+
+    async def test_who_waits_at_this_node_works_where_the_first_gave_up(self) -> None:
+        _, one, other = self.nodes()
+        claim = await ours(one)
+        outcome = await started((await others(one)).outcome())  # type: ignore[arg-type]  # is one
+        await settled(claim.abandon())
+        again = await outcome
+        assert isinstance(again, Fresh)
+        assert isinstance(await claimed(other), Wait)
+
+    async def test_another_body_is_refused_by_either(self) -> None:
+        _, one, other = self.nodes()
+        await settled((await ours(one)).complete(OK))
+        for node in (one, other):
+            with pytest.raises(ValidationError):
+                await claimed(node, body=B)
+        assert await claimed(other) == Replay(OK)
+
+    async def test_while_the_store_is_down_this_node_remembers(self) -> None:
+        store, one, _ = self.nodes()
+        await settled((await ours(one, scope(1))).complete(OK))
+        store.down = True
+        assert await claimed(one, scope(1)) == Replay(OK)
+        claim = await ours(one, scope(2))
+        outcome = await started((await others(one, scope(2))).outcome())  # type: ignore[arg-type]  # is one
+        await settled(claim.complete(OK))
+        assert await outcome == Replay(OK)
+        assert await claimed(one, scope(2)) == Replay(OK)
+
+    async def test_a_store_that_goes_away_meanwhile_keeps_nobody_from_his_answer(self) -> None:
+        store, one, _ = self.nodes()
+        claim, abandoned = await ours(one, scope(1)), await ours(one, scope(2))
+        store.down = True
+        assert isinstance(await claimed(one, scope(1)), Wait)
+        await settled(claim.complete(OK))
+        assert await claimed(one, scope(1)) == Replay(OK)
+        await settled(abandoned.abandon())
+        assert isinstance(await claimed(one, scope(2)), Fresh)
+
+    async def test_who_would_wait_for_another_node_works_when_the_store_goes_away(self) -> None:
+        store, one, other = self.nodes()
+        claim = await ours(one)
+        waiting = await others(other)
+        store.down = True
+        assert isinstance(await waiting.outcome(), Fresh)
+        store.down = False
+        await settled(claim.abandon())
+
+    async def test_what_is_lost_is_free_again(self) -> None:
+        _, one, other = self.nodes()
+        claim: object = await ours(one)
+        waiting: object = await others(other)
+        del claim, waiting
+        gc.collect()
+        assert isinstance(await claimed(other), Fresh)
+        assert isinstance(await claimed(one), Wait)
+
+    async def test_cancelled_while_the_store_is_asked_it_leaves_the_key_free(self) -> None:
+        _, one, other = self.nodes()
+        for node in (one, other):
+            task = asyncio.ensure_future(claimed(node))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert isinstance(await claimed(one), Fresh)
+
+    async def test_cancelled_while_it_waits_for_another_node(self) -> None:
+        _, one, other = self.nodes()
+        claim = await ours(one)
+        outcome = await started((await others(other)).outcome())  # type: ignore[arg-type]  # is one
+        outcome.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await outcome
+        await settled(claim.abandon())
+        assert isinstance(await claimed(other), Fresh)
+
+    async def test_answer_once_with_a_store_that_comes_and_goes(self) -> None:
+        store, one, other = self.nodes()
+        worked = 0
+
+        async def work() -> KeptAnswer:
+            nonlocal worked
+            worked += 1
+            store.down = True
+            return OK
+
+        for replayed in (False, True):
+            answered = await settled(answer_once(one, SCOPE, A, work))
+            assert answered == Answered(OK, replayed=replayed)
+        assert worked == 1
+        store.down = False
+        # The lease of a store's claim that could not be ended runs out in the store.
+        assert isinstance(await claimed(other), Wait)

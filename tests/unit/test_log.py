@@ -70,6 +70,7 @@ class TestMasking:
             "{'api_key': b'SECRET'}",
             "redis://user:SECRET@localhost:6379/0",
             "redis://:SECRET@localhost",
+            "redis://:a@SECRET@localhost",
         ],
     )
     def test_masks_in_any_text(self, text: str) -> None:

@@ -11,10 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from notifyd.errors import ConfigurationError
+from notifyd.options import shown_address
 from notifyd.settings import (
+    AckSettings,
     ApiKeySettings,
     AuthSettings,
     ChannelRule,
+    PostgresSettings,
+    QueueSettings,
+    RedisSettings,
     ServerSettings,
     Settings,
     default_config,
@@ -187,9 +192,9 @@ class TestRefusals:
         "variable",
         [
             "NOTIFYD__SERVER__PORT",
-            "NOTIFYD_REDIS__URL",
+            "NOTIFYD_REDIS__STREAM_KEY",
             "NOTIFYD_SERVER__WORKERS",
-            "NOTIFYD_QUEUE__MODE",
+            "NOTIFYD_CLUSTER__ENABLED",
             "NOTIFYD_CHANNELS__RULES__NEWS",
             "NOTIFYD_RATELIMIT__ENABLED_FILE",
         ],
@@ -204,7 +209,7 @@ class TestRefusals:
             ("[servers]\nport = 1", "servers", "[server]"),
             ("port = 1", "port", "server.port"),
             ("[websocket]\nport = 1", "websocket.port", "server.port"),
-            ("[queue]\nmode = 'always'", "queue.mode", "server.mode"),
+            ("[queue]\nmood = 'always'", "queue.mood", "queue.mode"),
             ("[[auth.api_keys]]\nname='a'\nkay='b'", "auth.api_keys[0].kay", "key"),
             (
                 "[channels.rules.news]\nsubcribe = 'any'",
@@ -235,7 +240,16 @@ class TestRefusals:
             ({"NOTIFYD_WEBSOCKET__IDLE_TIMEOUT": "0"}, "a number over 0"),
             ({"NOTIFYD_WEBSOCKET__IDLE_TIMEOUT": "inf"}, "a number over 0"),
             ({"NOTIFYD_WEBSOCKET__IDLE_TIMEOUT": "nan"}, "a number over 0"),
-            ({"NOTIFYD_QUEUE__BACKEND": "redis"}, "expected \"memory\", got 'redis'"),
+            (
+                {"NOTIFYD_QUEUE__BACKEND": "mysql"},
+                'expected "memory" or "redis" or "postgres", got \'mysql\'',
+            ),
+            ({"NOTIFYD_QUEUE__MODE": "never"}, 'expected "offline" or "always", got \'never\''),
+            (
+                {"NOTIFYD_REDIS__KEY_PREFIX": "{a}"},
+                "redis.key_prefix: expected a text that matches",
+            ),
+            ({"NOTIFYD_BREAKER__FAILURE_THRESHOLD": "0"}, "a whole number of at least 1, got '0'"),
             ({"NOTIFYD_CORS__ORIGINS": "https://a.example.com"}, 'JSON, such as ["…"]'),
             ({"NOTIFYD_CHANNELS__RULES": "news"}, "JSON, such as {…}"),
             ({"NOTIFYD_CORS__ORIGINS": "{}"}, "cors.origins: expected a list"),
@@ -669,3 +683,174 @@ class TestDocumentation:
 def test_an_embedding_application_can_ask_for_the_problems() -> None:
     assert problems(Settings()) == []
     assert len(problems(Settings(server=ServerSettings(mode="production")))) == 4
+
+
+class TestStores:
+    def test_nothing_is_kept_in_one_unless_it_is_chosen(self) -> None:
+        assert Settings().backends == {"memory"}
+        settings = Settings(
+            queue=QueueSettings(backend="redis"), ack=AckSettings(backend="postgres", enabled=False)
+        )
+        assert settings.backends == {"redis"}
+        settings = Settings(
+            queue=QueueSettings(backend="redis"), ack=AckSettings(backend="postgres")
+        )
+        assert settings.backends == {"redis", "postgres"}
+        neither = Settings(queue=QueueSettings(enabled=False), ack=AckSettings(enabled=False))
+        assert neither.backends == frozenset()
+
+    def test_what_platforms_call_it(self) -> None:
+        environ = {"REDIS_URL": "redis://r:7000/2", "DATABASE_URL": "postgres://p/db"}
+        settings = load_settings(None, environ)
+        assert (settings.redis.url, settings.postgres.url) == tuple(environ.values())
+
+    def test_ours_win_over_it(self, write: Write) -> None:
+        environ = {"REDIS_URL": "redis://theirs", "DATABASE_URL": "postgres://theirs/db"}
+        path = write("[redis]\nurl = 'redis://ours'")
+        settings = load_settings(path, environ | {"NOTIFYD_POSTGRES__URL": "postgresql://ours/db"})
+        assert settings.redis.url == "redis://ours"
+        assert settings.postgres.url == "postgresql://ours/db"
+
+    def test_empty_it_counts_as_unset(self) -> None:
+        assert load_settings(None, {"REDIS_URL": "", "DATABASE_URL": ""}) == Settings()
+
+    def test_somebody_elses_database_is_no_matter_of_ours(self) -> None:
+        settings = load_settings(None, {"DATABASE_URL": "mysql://app@db/app", "REDIS_URL": "?"})
+        assert settings.backends == {"memory"}
+
+    def test_a_database_that_is_chosen_must_be_named(self) -> None:
+        found = refusal({"NOTIFYD_ACK__BACKEND": "postgres"})
+        assert found.startswith('postgres.url: ack.backend is "postgres"')
+        both = {"NOTIFYD_QUEUE__BACKEND": "postgres", "NOTIFYD_ACK__BACKEND": "postgres"}
+        assert refusal(both).count("postgres.url") == 1
+        load_settings(None, both | {"DATABASE_URL": "postgresql:///db?host=/run/pg"})
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "redis://localhost",
+            "redis://localhost:6379/0",
+            "redis://:secret@10.0.0.1:6379/15",
+            "rediss://user:secret@redis.example.com/0?ssl_ca_certs=/etc/ca.pem",
+            "unix:///run/redis.sock?db=1",
+            "redis://[::1]:6379/",
+        ],
+    )
+    def test_urls_of_a_redis(self, url: str) -> None:
+        environ = {"NOTIFYD_QUEUE__BACKEND": "redis", "NOTIFYD_REDIS__URL": url}
+        assert load_settings(None, environ).redis.url == url
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "localhost:6379",
+            "http://:s3cret@localhost",
+            "redis://:s3cret@",
+            "redis://:s3cret@localhost:port",
+            "redis://:s3cret@localhost:99999",
+            "redis://:s3cret@localhost/zero",
+            "redis://:s3cret@[::1",
+            "unix://:s3cret@",
+            "redis:s3cret",
+        ],
+    )
+    def test_what_is_none_is_refused_without_its_password(self, url: str) -> None:
+        found = refusal({"NOTIFYD_QUEUE__BACKEND": "redis", "REDIS_URL": url})
+        assert found.startswith("redis.url: ")
+        assert "write it as" in found
+        assert "from REDIS_URL" in found
+        assert "s3cret" not in found
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "postgresql://notifyd@localhost:5432/notifyd",
+            "postgres://notifyd:secret@db/notifyd?sslmode=require",
+            "postgresql://u@one:5432,two:5433/db",
+            "postgresql:///db?host=/run/postgresql",
+        ],
+    )
+    def test_urls_of_a_database(self, url: str) -> None:
+        environ = {"NOTIFYD_ACK__BACKEND": "postgres", "NOTIFYD_POSTGRES__URL": url}
+        assert load_settings(None, environ).postgres.url == url
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "localhost/db",
+            "postgresql+asyncpg://u:s3cret@db/app",
+            "mysql://u:s3cret@db/app",
+            "postgresql://u:s3cret@db:port/app",
+            "postgresql://u:s3cret@[::1/app",
+        ],
+    )
+    def test_another_is_refused_without_its_password(self, url: str) -> None:
+        found = refusal({"NOTIFYD_ACK__BACKEND": "postgres", "DATABASE_URL": url})
+        assert found.startswith("postgres.url: ")
+        assert "write it as postgresql://" in found
+        assert "s3cret" not in found
+
+    def test_a_url_of_the_wrong_type_is_not_quoted(self, write: Write) -> None:
+        found = refusal({}, write("[redis]\nurl = ['redis://:s3cret@localhost']"))
+        assert found.startswith("redis.url: expected a text that is not empty")
+        assert "s3cret" not in found
+
+    @pytest.mark.parametrize(
+        ("url", "shown"),
+        [
+            ("redis://localhost:6379/0", "redis://localhost:6379/0"),
+            ("redis://:s3cret@host:7000", "redis://***@host:7000"),
+            ("redis://user:s3cret@t@host", "***"),
+            ("postgresql://u:s3cret@one:1,two:2/db", "postgresql://***@one:1,two:2/db"),
+            ("postgresql:///db?host=/run&password=s3cret", "postgresql:///db?***"),
+            ("unix://:s3cret@/run/redis.sock", "unix://***@/run/redis.sock"),
+            ("redis:s3cret", "***"),
+            ("s3cret", "***"),
+            ("redis://:s3cret@[::1", "***"),
+            ("redis://user:s3cret", "***"),
+            ("redis://:/s3cret@host", "***"),
+            ("redis://:?s3cret@host", "***"),
+            ("rediss://:s3cret@[::1]:6379/", "rediss://***@[::1]:6379/"),
+        ],
+    )
+    def test_a_url_is_shown_without_its_password(self, url: str, shown: str) -> None:
+        assert shown_address(url) == shown
+        assert repr(RedisSettings(url=url)) == (
+            f"RedisSettings(url='{shown}', key_prefix='notifyd', command_timeout_seconds=2)"
+        )
+        settings = Settings(postgres=PostgresSettings(url=url))
+        assert "s3cret" not in repr(settings)
+        assert f"url='{shown}'" in repr(settings)
+
+    @given(st.text(), st.text(), st.text())
+    def test_no_password_is_ever_shown(self, user: str, before: str, behind: str) -> None:
+        for url in (
+            f"redis://{user}:{before}s3cret{behind}@localhost/0",
+            f"postgresql://{user}@localhost/db?password={before}s3cret{behind}",
+        ):
+            assert "s3cret" not in shown_address(url)
+
+    @pytest.mark.parametrize(
+        ("environ", "message"),
+        [
+            (
+                {"NOTIFYD_BREAKER__BACKOFF_MAX_MS": "99"},
+                "breaker.backoff_initial_ms: 100 must be at most breaker.backoff_max_ms (99)",
+            ),
+            (
+                {"NOTIFYD_POSTGRES__POOL_MIN": "11"},
+                "postgres.pool_min: 11 must be at most postgres.pool_max (10)",
+            ),
+            (
+                {"NOTIFYD_QUEUE__MODE": "always", "NOTIFYD_QUEUE__ENABLED": "false"},
+                'queue.mode: "always" stores everything, and the queue is switched off',
+            ),
+        ],
+    )
+    def test_what_does_not_go_together(self, environ: dict[str, str], message: str) -> None:
+        assert refusal(environ).startswith(message)
+
+    def test_the_bound_of_memory_is_for_memory(self) -> None:
+        environ = {"NOTIFYD_QUEUE__MAX_MESSAGES": "10"}
+        assert refusal(environ).startswith("queue.max_messages")
+        load_settings(None, environ | {"NOTIFYD_QUEUE__BACKEND": "redis"})

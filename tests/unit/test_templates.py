@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import tracemalloc
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -9,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from notifyd.errors import Conflict, NotFound, ValidationError
+from notifyd.errors import Conflict, NotFound, Unavailable, ValidationError
+from notifyd.eventually import is_awaitable, settled
 from notifyd.notification import Priority
-from notifyd.templates import MemoryTemplates, Template, new_template, render
+from notifyd.templates import CachedTemplates, MemoryTemplates, Template, new_template, render
 
 
 def template(payload: object, **fields: Any) -> Template:
@@ -287,3 +290,148 @@ class TestMemoryTemplates:
         with pytest.raises(Conflict, match="2 templates"):
             store.create("acme", template({}, id="c"))
         store.create("other", template({}, id="c"))
+
+
+class Store:
+    """Templates that others write too, as in Redis; `down` is a fault that a test switches, `slow`
+    lets an answer come later."""
+
+    def __init__(self) -> None:
+        self.memory = MemoryTemplates()
+        self.asked = 0
+        self.down = False
+        self.slow: asyncio.Event | None = None
+
+    async def _reach(self) -> None:
+        self.asked += 1
+        if self.down:
+            raise Unavailable("The store is down.")
+
+    async def get(self, tenant: str, id: str) -> Template:
+        await self._reach()
+        found = self.memory.get(tenant, id)
+        if self.slow is not None:
+            await self.slow.wait()
+        return found
+
+    async def list(self, tenant: str) -> Sequence[Template]:
+        await self._reach()
+        return self.memory.list(tenant)
+
+    async def create(self, tenant: str, template: Template) -> Template:
+        await self._reach()
+        return self.memory.create(tenant, template)
+
+    async def replace(self, tenant: str, template: Template) -> Template:
+        await self._reach()
+        return self.memory.replace(tenant, template)
+
+    async def delete(self, tenant: str, id: str) -> None:
+        await self._reach()
+        self.memory.delete(tenant, id)
+
+
+class Cache:
+    """A cache before a store, for templates that are called by a letter."""
+
+    def __init__(self, max_cached: int = 10) -> None:
+        self.store = Store()
+        self.now = 100.0
+        self.cached = CachedTemplates(
+            self.store, seconds=5, max_cached=max_cached, clock=lambda: self.now
+        )
+
+    async def get(self, id: str = "a", tenant: str = "acme") -> float:
+        """When it was last written."""
+        return (await settled(self.cached.get(tenant, id))).updated_at
+
+
+class TestCachedTemplates:
+    async def test_the_store_is_asked_once_in_a_while(self) -> None:
+        cache = Cache()
+        cache.store.memory.create("acme", template({}, id="a", now=1.0))
+        assert await cache.get() == 1
+        cache.store.memory.replace("acme", template({}, id="a", now=2.0))
+        asked = cache.store.asked
+        cache.now += 4.9
+        assert not is_awaitable(cache.cached.get("acme", "a"))
+        assert (await cache.get(), cache.store.asked) == (1, asked)
+        cache.now += 0.1
+        assert (await cache.get(), cache.store.asked) == (2, asked + 1)
+
+    async def test_its_own_writes_are_seen_at_once(self) -> None:
+        cache = Cache()
+        await cache.cached.create("acme", template({}, id="a", now=1.0))
+        assert await cache.get() == 1
+        replaced = await cache.cached.replace("acme", template({}, id="a", now=2.0))
+        assert (replaced.created_at, await cache.get()) == (1, 2)
+        assert [each.id for each in await settled(cache.cached.list("acme"))] == ["a"]
+        await cache.cached.delete("acme", "a")
+        with pytest.raises(NotFound):
+            await cache.get()
+
+    async def test_what_was_read_before_a_write_is_not_kept_after_it(self) -> None:
+        cache = Cache()
+        await cache.cached.create("acme", template({}, id="a", now=1.0))
+        cache.store.slow = asyncio.Event()
+        reading = asyncio.create_task(cache.get())
+        await asyncio.sleep(0)
+        await cache.cached.replace("acme", template({}, id="a", now=2.0))
+        cache.store.slow.set()
+        assert await reading == 1
+        assert await cache.get() == 2
+
+    async def test_tenants_are_apart(self) -> None:
+        cache = Cache()
+        await cache.cached.create("acme", template({}, id="a"))
+        await cache.get()
+        with pytest.raises(NotFound):
+            await cache.get(tenant="other")
+
+    async def test_while_the_store_is_down_the_last_known_one_is_given(self) -> None:
+        cache = Cache()
+        await cache.cached.create("acme", template({}, id="a", now=1.0))
+        await cache.get()
+        cache.now += 1000
+        cache.store.down = True
+        assert await cache.get() == 1
+        with pytest.raises(Unavailable):
+            await cache.get("b")
+        with pytest.raises(Unavailable):
+            await cache.cached.replace("acme", template({}, id="a", now=2.0))
+        # Nobody knows whether that was written.
+        with pytest.raises(Unavailable):
+            await cache.get()
+
+    async def test_what_others_deleted_is_gone_after_a_while(self) -> None:
+        cache = Cache()
+        await cache.cached.create("acme", template({}, id="a"))
+        await cache.get()
+        cache.store.memory.delete("acme", "a")
+        cache.now += 5
+        with pytest.raises(NotFound):
+            await cache.get()
+        cache.store.down = True
+        with pytest.raises(Unavailable):
+            await cache.get()
+
+    async def test_those_used_last_are_kept(self) -> None:
+        cache = Cache(max_cached=2)
+        for id in ("a", "b", "c"):
+            await cache.cached.create("acme", template({}, id=id))
+        for id in ("a", "b", "a", "c"):
+            await cache.get(id)
+        asked = cache.store.asked
+        for id in ("a", "c"):
+            await cache.get(id)
+        assert cache.store.asked == asked
+        await cache.get("b")
+        assert cache.store.asked == asked + 1
+
+    async def test_refusals_come_through(self) -> None:
+        cache = Cache()
+        await cache.cached.create("acme", template({}, id="a"))
+        with pytest.raises(Conflict):
+            await cache.cached.create("acme", template({}, id="a"))
+        with pytest.raises(NotFound):
+            await cache.cached.delete("acme", "b")

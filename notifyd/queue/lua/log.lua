@@ -2,16 +2,17 @@
 -- share a hash tag, and none but those in KEYS.
 --
 -- A user's log:
---   log     hash: notification id -> entry, its size as a page counts it in the first 8 bytes.
---           Beside the entries: o last offset, e epoch, u when its keys go at last (ms),
---           c f l what it gave up and was not told yet: count, first and last offset.
+--   log     hash: notification id -> entry: when it expires (ms, 13 digits), what it counts against
+--           a page (8 digits), the notification.
+--           Beside the entries: o last offset, e epoch, u when its keys go at last (ms), x when the
+--           first entry expires, or earlier (ms), c f l what it gave up and did not tell yet: count,
+--           first and last offset.
 --   order   sorted set: pending ids by rank * RANK + offset, so what is given up first comes first
---   expiry  sorted set: pending ids by when they expire (ms)
 -- Its bucket:
 --   depth   pending entries of all its users
 --   due     sorted set: users by when their first entry expires, or earlier
--- Kept true: order and expiry have the same ids, depth is the sum of their sizes, and every user
--- with something pending is in due.
+-- Kept true: log and order have the same ids, depth is the sum of their numbers, and every user with
+-- something pending is in due.
 
 local RANK = 2 ^ 50
 
@@ -24,24 +25,37 @@ local function time(given)
     return now[1] * 1000 + math.floor(now[2] / 1000)
 end
 
--- Takes pending entries out of a log; not counted off depth yet.
-local function remove(log, order, expiry, ids)
-    redis.call('HDEL', log, unpack(ids))
-    redis.call('ZREM', order, unpack(ids))
-    redis.call('ZREM', expiry, unpack(ids))
+local function expires_at(entry)
+    return tonumber(string.sub(entry, 1, 13)) or math.huge
 end
 
--- Drops what has expired; how many. Not counted off depth yet.
-local function drop_expired(log, order, expiry, now)
-    local dropped = 0
-    repeat
-        local ids = redis.call('ZRANGEBYSCORE', expiry, '-inf', now, 'LIMIT', 0, 500)
-        if #ids > 0 then
-            remove(log, order, expiry, ids)
-            dropped = dropped + #ids
+-- Takes pending entries out of a log; not counted off depth yet.
+local function remove(log, order, ids)
+    for from = 1, #ids, 1000 do
+        local to = math.min(from + 999, #ids)
+        redis.call('HDEL', log, unpack(ids, from, to))
+        redis.call('ZREM', order, unpack(ids, from, to))
+    end
+end
+
+-- Drops what has expired, looking at every entry; how many, and when the next one will. Not counted
+-- off depth yet.
+local function drop_expired(log, order, now)
+    local dead, first = {}, math.huge
+    for _, id in ipairs(redis.call('ZRANGE', order, 0, -1)) do
+        local entry = redis.call('HGET', log, id)
+        local expires = entry and expires_at(entry) or 0
+        if expires <= now then
+            dead[#dead + 1] = id
+        elseif expires < first then
+            first = expires
         end
-    until #ids < 500
-    return dropped
+    end
+    remove(log, order, dead)
+    if first < math.huge then
+        redis.call('HSET', log, 'x', first)
+    end
+    return #dead, first
 end
 
 -- To be called after `removed` entries of a log went: counts them off, and lets go of a log that is

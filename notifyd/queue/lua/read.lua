@@ -1,73 +1,96 @@
 -- A page of a user's pending entries in the order of their offsets, without those that have expired;
 -- the first page also tells what the log gave up, and telling it forgets it.
 --
--- KEYS: depth, due, log, order, expiry
--- ARGV: now or '', after (offset), max_bytes, the least that an entry counts, name, rest_ms
+-- KEYS: depth, due, log, order
+-- ARGV: now or '', after (offset), max_bytes, name, rest_ms
 -- Answer: entries that had expired, overflow's count, first and last (0: none), 1 if more follow,
 --         then offset, id and entry of each
 
-local depth, due, log, order, expiry = unpack(KEYS)
+local depth, due, log, order = unpack(KEYS)
 local now, after, max_bytes = time(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local answer = {0, 0, 0, 0, 0}
-local removed, changed = 0, false
+local told = false
 
-if redis.call('EXISTS', order) == 1 then
-    answer[1] = drop_expired(log, order, expiry, now)
-    removed = answer[1]
-end
 if after == 0 then
-    local told = redis.call('HMGET', log, 'c', 'f', 'l')
-    if told[1] then
-        answer[2], answer[3], answer[4] = tonumber(told[1]), tonumber(told[2]), tonumber(told[3])
+    local overflow = redis.call('HMGET', log, 'c', 'f', 'l')
+    if overflow[1] then
+        for each = 1, 3 do
+            answer[each + 1] = tonumber(overflow[each])
+        end
         redis.call('HDEL', log, 'c', 'f', 'l')
-        changed = true
+        told = true
     end
 end
 
 -- Each rank's part of the order goes by offset; merged they are the log.
-local most = math.floor(max_bytes / tonumber(ARGV[4])) + 2
+local PART = 100
 local heads = {}
-for rank = 0, 3 do
-    local from = string.format('(%.0f', rank * RANK + after)
+
+local function part_of(rank, behind)
+    local from = string.format('(%.0f', rank * RANK + behind)
     local to = string.format('(%.0f', (rank + 1) * RANK)
-    local part = redis.call('ZRANGEBYSCORE', order, from, to, 'WITHSCORES', 'LIMIT', 0, most)
+    return redis.call('ZRANGEBYSCORE', order, from, to, 'WITHSCORES', 'LIMIT', 0, PART)
+end
+
+local function look_at(head, part)
+    head.part, head.at, head.offset = part, 1, part[2] % RANK
+end
+
+for rank = 0, 3 do
+    local part = part_of(rank, after)
     if #part > 0 then
-        heads[#heads + 1] = {part = part, at = 1, offset = part[2] % RANK}
+        local head = {rank = rank}
+        look_at(head, part)
+        heads[#heads + 1] = head
     end
 end
-local bytes = 0
+
+local function step(which)
+    local head = heads[which]
+    head.at = head.at + 2
+    if head.part[head.at] then
+        head.offset = head.part[head.at + 1] % RANK
+        return
+    end
+    local part = #head.part == 2 * PART and part_of(head.rank, head.offset) or {}
+    if #part > 0 then
+        look_at(head, part)
+    else
+        table.remove(heads, which)
+    end
+end
+
+local bytes, dead, vanished = 0, {}, 0
 while #heads > 0 do
-    local first = 1
+    local which = 1
     for each = 2, #heads do
-        if heads[each].offset < heads[first].offset then
-            first = each
+        if heads[each].offset < heads[which].offset then
+            which = each
         end
     end
-    local head = heads[first]
+    local head = heads[which]
     local id = head.part[head.at]
     local entry = redis.call('HGET', log, id)
-    if entry then
-        local size = tonumber(string.sub(entry, 1, 8)) or #entry
-        if bytes > 0 and bytes + size > max_bytes then
+    if not entry or expires_at(entry) <= now then
+        dead[#dead + 1] = id
+        if not entry then
+            vanished = vanished + 1
+        end
+    else
+        local size = tonumber(string.sub(entry, 14, 21)) or #entry
+        if #answer > 5 and bytes + size > max_bytes then
             answer[5] = 1
             break
         end
         bytes = bytes + size
         local last = #answer
         answer[last + 1], answer[last + 2], answer[last + 3] = head.offset, id, entry
-    else
-        -- Somebody else took it out of the hash.
-        remove(log, order, expiry, {id})
-        removed = removed + 1
     end
-    head.at = head.at + 2
-    if head.part[head.at] then
-        head.offset = head.part[head.at + 1] % RANK
-    else
-        table.remove(heads, first)
-    end
+    step(which)
 end
-if removed > 0 or changed then
-    account(depth, due, log, order, ARGV[5], removed, ARGV[6])
+remove(log, order, dead)
+answer[1] = #dead - vanished
+if #dead > 0 or told then
+    account(depth, due, log, order, ARGV[4], #dead, ARGV[5])
 end
 return answer

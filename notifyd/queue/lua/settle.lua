@@ -1,22 +1,24 @@
 -- Settles notifications in a user's log: each once, whoever asks, and counted off.
 --
--- KEYS: depth, due, log, order, expiry
+-- KEYS: depth, due, log, order
 -- ARGV: name, rest_ms, then ids
 -- Answer: for each id 1 if it was pending
 
-local depth, due, log, order, expiry = unpack(KEYS)
-local answer, removed = {}, 0
-for each = 3, #ARGV do
-    local id = ARGV[each]
-    local found = redis.call('ZREM', order, id)
-    if found == 1 then
-        redis.call('HDEL', log, id)
-        redis.call('ZREM', expiry, id)
-        removed = removed + 1
+local depth, due, log, order = unpack(KEYS)
+local answer, found, seen = {}, {}, {}
+for from = 3, #ARGV, 1000 do
+    local ids = {unpack(ARGV, from, math.min(from + 999, #ARGV))}
+    for each, score in ipairs(redis.call('ZMSCORE', order, unpack(ids))) do
+        local id = ids[each]
+        answer[#answer + 1] = score and 1 or 0
+        if score and not seen[id] then
+            seen[id] = true
+            found[#found + 1] = id
+        end
     end
-    answer[each - 2] = found
 end
-if removed > 0 then
-    account(depth, due, log, order, ARGV[1], removed, ARGV[2])
+if #found > 0 then
+    remove(log, order, found)
+    account(depth, due, log, order, ARGV[1], #found, ARGV[2])
 end
 return answer

@@ -1,0 +1,191 @@
+"""Queries find their rows by index when there are many, and count little when they do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import asyncpg
+import pytest
+
+from notifyd.identifiers import new_uuid
+from notifyd.queue.postgres import MIGRATIONS, QUERIES
+from tests.contract.backends import NOW
+from tests.stores import PostgresServer, schema
+
+ROWS = 200_000
+USERS = 10_000
+
+FILL = f"""
+INSERT INTO notifyd_logs
+    (tenant, user_id, epoch, next_offset, pending, expires_first, touched_at)
+SELECT 'acme', 'user-' || n, 'e', 21, 20, {NOW}, {NOW} FROM generate_series(1, {USERS}) AS n;
+INSERT INTO notifyd_entries
+    (log_id, entry_offset, notification_id, priority, page_bytes, expires_at, body)
+SELECT n % {USERS} + 1, n / {USERS} + 1, gen_random_uuid(), n % 4, 300, {NOW} + n,
+    '\\x7b7d'::bytea
+FROM generate_series(0, {ROWS} - 1) AS n;
+INSERT INTO notifyd_ack_records (tenant, notification_id, sent_at, anyone, recipients)
+SELECT 'acme', gen_random_uuid(), {NOW} + n, false, 1 FROM generate_series(1, {ROWS}) AS n;
+INSERT INTO notifyd_acks (record_id, user_id, state, sent_at)
+SELECT n, 'user-' || n, CASE WHEN n % 100 = 0 THEN 1 ELSE 2 END, {NOW} + n
+FROM generate_series(1, {ROWS}) AS n;
+INSERT INTO notifyd_idempotency_keys (scope, fingerprint, owner, status, body, expires_at)
+SELECT sha256(n::text::bytea), ''::bytea, ''::bytea, 200, ''::bytea, {NOW} + n
+FROM generate_series(1, {ROWS}) AS n;
+"""  # noqa: S608  # made of numbers
+
+SOME_LOGS = list(range(1, 101))
+SOME_USERS = [f"user-{n}" for n in SOME_LOGS]
+TENANTS = ["acme"] * 100
+OFFSETS = [n % 20 + 1 for n in SOME_LOGS]
+IDS = [new_uuid() for _ in SOME_LOGS]
+OFFSETS_AFTER = [1000] * 100
+RANKS, SIZES, TIMES, BODIES = [1] * 100, [300] * 100, [NOW] * 100, [b"{}"] * 100
+SCOPES = [bytes([n]) * 32 for n in SOME_LOGS]
+
+PLANS: dict[str, tuple[list[Any], set[str]]] = {
+    "lock_logs": (
+        [TENANTS, SOME_USERS, [1] * 100, [NOW] * 100, "e", 1, NOW],
+        {"notifyd_logs_tenant_user_id_key"},
+    ),
+    "insert_entries": (
+        [SOME_LOGS, OFFSETS_AFTER, SOME_LOGS, IDS, RANKS, SIZES, TIMES, BODIES, 0, 1],
+        {"notifyd_entries_pending"},
+    ),
+    "recount_logs": ([SOME_LOGS], {"notifyd_logs_pkey", "notifyd_entries_"}),
+    "find_pending": ([SOME_LOGS, IDS], {"notifyd_entries_pending"}),
+    "drop_dead": ([SOME_LOGS, NOW], {"notifyd_entries_"}),
+    "find_least": ([SOME_LOGS, [5] * 100], {"notifyd_entries_to_give_up"}),
+    "give_up": ([SOME_LOGS, OFFSETS], {"notifyd_entries_pkey"}),
+    "lock_known_logs": ([TENANTS, SOME_USERS], {"notifyd_logs_tenant_user_id_key"}),
+    "settle": ([SOME_LOGS, IDS, 1], {"notifyd_entries_pending", "notifyd_logs_pkey"}),
+    "erase": ([SOME_LOGS[:2], 1], {"notifyd_entries_", "notifyd_logs_pkey"}),
+    "read_pages": (
+        [TENANTS, SOME_USERS, [0] * 100, [65536] * 100, NOW],
+        {"notifyd_logs_tenant_user_id_key", "notifyd_entries_pkey"},
+    ),
+    "tell_overflow": ([SOME_LOGS], {"notifyd_logs_pkey"}),
+    "set_aside": ([SOME_LOGS, OFFSETS, ["shape"] * 100, 1], {"notifyd_entries_pkey"}),
+    "find_expired": ([NOW + 10, 1000], {"notifyd_entries_to_expire"}),
+    "lock_free_logs": ([SOME_LOGS], {"notifyd_logs_pkey"}),
+    "delete_expired": ([SOME_LOGS, OFFSETS, NOW, 1], {"notifyd_entries_pkey"}),
+    "forget_logs": ([0, 5000, NOW - 1], {"notifyd_logs_pkey"}),
+    "lock_records": (
+        [TENANTS, IDS, [NOW] * 100, [False] * 100, [1] * 100],
+        {"notifyd_ack_records_tenant_notification_id_key"},
+    ),
+    "find_acks": ([SOME_LOGS, SOME_USERS], {"notifyd_acks_pkey"}),
+    "put_acks": ([SOME_LOGS, SOME_USERS, [1] * 100, [NOW] * 100], {"notifyd_acks_pkey"}),
+    "correct_recipients": ([SOME_LOGS, [1] * 100], {"notifyd_ack_records_pkey"}),
+    "lock_known_records": ([TENANTS, IDS], {"notifyd_ack_records_tenant_notification_id_key"}),
+    "confirm_acks": (
+        [SOME_LOGS, SOME_USERS, [NOW] * 100, [True] * 100],
+        {"notifyd_acks_pkey"},
+    ),
+    "count_anyones_acks": ([SOME_LOGS, [1] * 100], {"notifyd_ack_records_pkey"}),
+    "lock_oldest_records": ([200, NOW], {"notifyd_ack_records_pkey"}),
+    "let_go": ([SOME_LOGS], {"notifyd_ack_records_pkey", "notifyd_acks_pkey"}),
+    "find_late": ([NOW + 10_000, 1000], {"notifyd_acks_pending"}),
+    "lock_free_records": ([SOME_LOGS], {"notifyd_ack_records_pkey"}),
+    "expire_acks": ([SOME_LOGS, SOME_USERS, NOW], {"notifyd_acks_pkey"}),
+    "report": (
+        ["acme", IDS[0]],
+        {"notifyd_ack_records_tenant_notification_id_key", "notifyd_acks_pkey"},
+    ),
+    "claim_keys": (
+        [SCOPES, [b"f"] * 100, b"o", NOW, NOW],
+        {"notifyd_idempotency_keys_pkey"},
+    ),
+    "find_keys": ([SCOPES], {"notifyd_idempotency_keys_pkey"}),
+    "forget_keys": ([NOW + 10, 200], {"notifyd_idempotency_keys_to_expire"}),
+    "lock_keys": ([SCOPES], {"notifyd_idempotency_keys_pkey"}),
+    "keep_answers": (
+        [SCOPES, [200] * 100, [b""] * 100, NOW, b"o"],
+        {"notifyd_idempotency_keys_pkey"},
+    ),
+    "release_keys": ([SCOPES, b"o"], {"notifyd_idempotency_keys_pkey"}),
+}
+
+SMALL_TABLES = {"notifyd_log_totals", "notifyd_ack_totals"}
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for each in plan.get("Plans", ()):
+        yield from nodes(each)
+
+
+def used(plan: dict[str, Any]) -> set[str]:
+    """Indexes that a plan reads by, or finds conflicts with."""
+    found = set()
+    for node in nodes(plan):
+        found |= {node["Index Name"]} if "Index Name" in node else set()
+        found |= set(node.get("Conflict Arbiter Indexes", ()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def filled() -> dict[str, Any]:
+    """Plans by query: made once for all tests here."""
+    return {}
+
+
+async def explained(url: str) -> dict[str, dict[str, Any]]:
+    """Every query's generic plan, as it is after five executions, with what it did."""
+    async with schema(url) as its_own:
+        connection = await asyncpg.connect(its_own)
+        for migration in MIGRATIONS:
+            await connection.execute(migration.sql)
+        await connection.execute(FILL)
+        await connection.execute("ANALYZE")
+        await connection.execute("SET plan_cache_mode = force_generic_plan")
+        plans = {}
+        for name, (arguments, _) in PLANS.items():
+            transaction = connection.transaction()
+            await transaction.start()
+            text = await connection.fetchval(
+                f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {QUERIES[name]}", *arguments
+            )
+            plans[name] = json.loads(text)[0]["Plan"]
+            await transaction.rollback()
+        await connection.close()
+        return plans
+
+
+@pytest.fixture
+async def plans(
+    running_postgres: PostgresServer, filled: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    if not filled:
+        filled.update(await explained(running_postgres.url))
+    return filled
+
+
+@pytest.mark.parametrize("name", sorted(PLANS))
+async def test_rows_are_found_by_index(plans: dict[str, dict[str, Any]], name: str) -> None:
+    plan = plans[name]
+    indexes = used(plan)
+    for wanted in PLANS[name][1]:
+        assert any(each.startswith(wanted) for each in indexes), indexes
+    scanned = {node["Relation Name"] for node in nodes(plan) if node["Node Type"] == "Seq Scan"}
+    assert scanned <= SMALL_TABLES
+    # A batch of a hundred touches some thousand pages at most, of tens of thousands that there are.
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 6000
+
+
+def test_every_query_on_large_tables_is_here() -> None:
+    without = {
+        "depth",
+        "ledger_figures",
+        "add_to_ledger",
+        "update_full_logs",
+        "get_template",
+        "list_templates",
+        "lock_templates",
+        "create_template",
+        "replace_template",
+        "delete_template",
+    }
+    assert set(QUERIES) - set(PLANS) == without
