@@ -42,6 +42,7 @@ CLOSE_REASONS = (
     "idle",  # 4012
     "rate_limited",  # 4029
 )
+CORRUPT_REASONS = ("not_json", "version", "shape", "template")
 FAILURE_REASONS = ("queue_full", "slow", "unavailable", "too_large")
 
 OTHER = "other"
@@ -328,6 +329,11 @@ class Metrics:
         self.queue_dropped_total = self._counter(
             "queue_dropped_total", "Notifications that a full queue gave up."
         )
+        self.queue_corrupt_total = self._counters(
+            "queue_corrupt_total",
+            "Entries and templates of a store that could not be read, by why not.",
+            reason=CORRUPT_REASONS,
+        )
         self.ack_pending = self._gauge(
             "ack_pending", "Acknowledgements expected and not yet received."
         )
@@ -337,6 +343,19 @@ class Metrics:
         )
         self.ack_seconds = self._histogram(
             "ack_seconds", "From delivery to acknowledgement.", MILLISECONDS_TO_MINUTES
+        )
+        self.redis_up = self._gauge("redis_up", "Whether there is a connection to Redis (1 or 0).")
+        self.redis_breaker_state = self._gauge(
+            "redis_breaker_state", "The breaker of Redis: 0 closed, 1 open, 2 half open."
+        )
+        self.redis_reconnects_total = self._counter(
+            "redis_reconnects_total", "Connections to Redis after the first one."
+        )
+        self.postgres_up = self._gauge(
+            "postgres_up", "Whether PostgreSQL answered last time (1 or 0)."
+        )
+        self.postgres_breaker_state = self._gauge(
+            "postgres_breaker_state", "The breaker of PostgreSQL: 0 closed, 1 open, 2 half open."
         )
         self.http_requests_total = self._counters(
             "http_requests_total",

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from notifyd.api.guard import Answer, Description, Endpoint, Guard, Request
-from notifyd.api.stats import NO_STORE, ConnectionFigures, QueueFigures, Stats, StoreFigures
+from notifyd.api.stats import ConnectionFigures, QueueFigures, Stats, StoreFigures
 from notifyd.errors import ShuttingDown, Unavailable
 from notifyd.eventually import Eventually, then
 from notifyd.metrics import Metrics
@@ -26,11 +26,12 @@ class ConnectionHealth(msgspec.Struct, gc=False):
 
 
 class QueueHealth(msgspec.Struct, gc=False):
-    """What waits for users who are not connected."""
+    """What waits for users who are not connected; `total_messages` is null while the store does not
+    answer."""
 
     enabled: bool
     backend: str
-    total_messages: int
+    total_messages: int | None
 
 
 class ClusterHealth(msgspec.Struct, gc=False):
@@ -40,7 +41,10 @@ class ClusterHealth(msgspec.Struct, gc=False):
 
 
 class Health(msgspec.Struct, gc=False, omit_defaults=True):
-    """How the server does; all but the first three for callers who may read."""
+    """How the server does; all but the first three for callers who may read.
+
+    `degraded`: it starts or ends, or a store does not answer.
+    """
 
     status: Literal["healthy", "degraded"]
     version: str
@@ -137,9 +141,8 @@ class Operations:
 
     def health(self, request: Request) -> Eventually[Health]:
         """GET /health."""
-        status: Literal["healthy", "degraded"] = (
-            "healthy" if self._phase() == "ready" else "degraded"
-        )
+        well = self._phase() == "ready" and not self._stats.stores.down()
+        status: Literal["healthy", "degraded"] = "healthy" if well else "degraded"
         uptime = max(0, int(self._clock() - self._started_at))
         if not self._guard.may_read(request):
             return Health(status, __version__, uptime)
@@ -150,11 +153,10 @@ class Operations:
                 status,
                 __version__,
                 uptime,
-                NO_STORE,
-                NO_STORE,
-                _connection_health(connections),
-                QueueHealth(queue.enabled, queue.backend, queue.total_messages),
-                ClusterHealth(enabled=False),
+                connections=_connection_health(connections),
+                queue=QueueHealth(queue.enabled, queue.backend, queue.total_messages),
+                cluster=ClusterHealth(enabled=False),
+                **self._stats.stores.figures(),
             )
 
         return then(self._stats.queue(), in_full)
@@ -170,6 +172,9 @@ class Operations:
             raise Unavailable("The server is starting.")
         if phase == "draining":
             raise ShuttingDown("The server is shutting down.")
+        stores = self._stats.stores
+        if missing := stores.required.intersection(stores.down()):
+            raise Unavailable(f"A store does not answer: {', '.join(sorted(missing))}.")
         return Ready("ready")
 
     def metrics(self, request: Request) -> Answer:

@@ -18,7 +18,7 @@ from notifyd.api.guard import Answer, Description, Endpoint, Guard, Headers, Req
 from notifyd.api.health import Operations, Phase
 from notifyd.api.notifications import Publishing
 from notifyd.api.openapi import openapi_endpoint
-from notifyd.api.stats import Stats
+from notifyd.api.stats import NO_STORES, Stats, Stores
 from notifyd.api.templates import Templates
 from notifyd.api.users import Users
 from notifyd.auth import TokenVerifier
@@ -63,6 +63,7 @@ class Services:
     metrics_enabled: bool
     metrics_public: bool
     queue_backend: str
+    stores: Stores = NO_STORES
     phase: Callable[[], Phase]
     clock: Callable[[], float]
     started_at: float
@@ -79,6 +80,7 @@ def build_endpoints(services: Services) -> list[Endpoint]:
         services.logs,
         services.ledger,
         queue_backend=services.queue_backend,
+        stores=services.stores,
     )
     endpoints = [
         *Publishing(

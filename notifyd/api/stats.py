@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from typing import Literal, Protocol, TypeVar
 
 import msgspec
 
 from notifyd.api.guard import Description, Endpoint, Guard, Request
 from notifyd.connections.registry import Registry
+from notifyd.errors import Unavailable
 from notifyd.eventually import Eventually, is_awaitable, settled, then
 from notifyd.metrics import FAILURE_REASONS, SOURCES, TARGETS, TRANSPORTS, Counter, Metrics
 from notifyd.queue.base import AckLedger, AckStats, UserLogs
+from notifyd.resilience import BreakerState, CircuitBreaker
+
+T = TypeVar("T")
 
 
 class ConnectionFigures(msgspec.Struct, gc=False):
@@ -49,11 +54,12 @@ class NotificationFigures(msgspec.Struct, gc=False):
 
 
 class QueueFigures(msgspec.Struct, gc=False):
-    """What waits for users who are not connected."""
+    """What waits for users who are not connected; `total_messages` is null while the store does not
+    answer."""
 
     enabled: bool
     backend: str
-    total_messages: int
+    total_messages: int | None
 
 
 class AckFigures(msgspec.Struct, gc=False):
@@ -69,31 +75,73 @@ class AckFigures(msgspec.Struct, gc=False):
     p95_latency_ms: float | None
 
 
-class StoreFigures(msgspec.Struct, gc=False):
-    """A store; `disabled` where nothing uses it."""
+class StoreFigures(msgspec.Struct, gc=False, omit_defaults=True):
+    """A store; `disabled` where nothing uses it, `degraded` where it does not answer as it should.
 
-    status: Literal["disabled"]
+    While `breaker` is not `closed`, calls to the store fail at once.
+    """
+
+    status: Literal["connected", "degraded", "disabled"]
     connected: bool
+    breaker: Literal["closed", "open", "half_open"] | None = None
 
 
 class Figures(msgspec.Struct, gc=False):
-    """All of it."""
+    """All of it; `ack` is null while its store does not answer."""
 
     connections: ConnectionFigures
     users: UserFigures
     channels: ChannelFigures
     notifications: NotificationFigures
     queue: QueueFigures
-    ack: AckFigures
+    ack: AckFigures | None
     redis: StoreFigures
+    postgres: StoreFigures
 
 
-NO_STORE = StoreFigures("disabled", connected=False)
+class Store(Protocol):
+    """What notifyd.redis_client and notifyd.postgres say of themselves."""
+
+    @property
+    def up(self) -> bool:
+        """Whether it answered last."""
+
+    @property
+    def breaker(self) -> CircuitBreaker:
+        """Whether it is asked at all."""
+
+
+class Stores(msgspec.Struct, frozen=True):
+    """The stores in use, None for one that is not; the server is not ready without the required."""
+
+    redis: Store | None = None
+    postgres: Store | None = None
+    required: frozenset[Literal["redis", "postgres"]] = frozenset()
+
+    def figures(self) -> dict[str, StoreFigures]:
+        """Of each, by its name."""
+        return {"redis": _store_figures(self.redis), "postgres": _store_figures(self.postgres)}
+
+    def down(self) -> list[str]:
+        """The names of those that do not answer."""
+        return [name for name, each in self.figures().items() if each.status == "degraded"]
+
+
+NO_STORES = Stores()
+
+_BREAKER: dict[BreakerState, Literal["closed", "open", "half_open"]] = {
+    BreakerState.CLOSED: "closed",
+    BreakerState.OPEN: "open",
+    BreakerState.HALF_OPEN: "half_open",
+}
 _NO_ACKS = AckFigures(False, 0, 0, 0, 0, 0.0, None, None)
 
 
 class Stats:
-    """The handlers of figures. `logs` and `ledger` are None where they are switched off."""
+    """The handlers of figures. `logs` and `ledger` are None where they are switched off.
+
+    What a store does not answer is left out, so that figures can be had when they are needed most.
+    """
 
     def __init__(
         self,
@@ -104,7 +152,9 @@ class Stats:
         ledger: AckLedger | None,
         *,
         queue_backend: str,
+        stores: Stores,
     ) -> None:
+        self.stores = stores
         self._guard = guard
         self._registry = registry
         self._metrics = metrics
@@ -145,27 +195,33 @@ class Stats:
         """Of all tenants."""
         if self._logs is None:
             return QueueFigures(False, self._queue_backend, 0)
-        return then(
-            self._logs.depth(), lambda depth: QueueFigures(True, self._queue_backend, depth)
-        )
+        depth = or_none(self._logs.depth)
+        if is_awaitable(depth):
+            return self._queue_later(depth)
+        return QueueFigures(True, self._queue_backend, depth)
+
+    async def _queue_later(self, depth: Awaitable[int | None]) -> QueueFigures:
+        return QueueFigures(True, self._queue_backend, await depth)
 
     def acks(self, request: Request) -> Eventually[AckFigures]:
         """GET /api/v1/stats/acks."""
-        return _NO_ACKS if self._ledger is None else then(self._ledger.stats(), _ack_figures)
+        if self._ledger is None:
+            return _NO_ACKS
+        return then(self._ledger.stats(), _ack_figures)
 
     def all(self, request: Request) -> Eventually[Figures]:
         """GET /stats and GET /api/v1/stats."""
-        queue, acks = self.queue(), self.acks(request)
+        queue, acks = self.queue(), or_none(partial(self.acks, request))
         if is_awaitable(queue) or is_awaitable(acks):
             return self._all_later(request, queue, acks)
         return self._figures(request, queue, acks)
 
     async def _all_later(
-        self, request: Request, queue: Eventually[QueueFigures], acks: Eventually[AckFigures]
+        self, request: Request, queue: Eventually[QueueFigures], acks: Eventually[AckFigures | None]
     ) -> Figures:
         return self._figures(request, await settled(queue), await settled(acks))
 
-    def _figures(self, request: Request, queue: QueueFigures, acks: AckFigures) -> Figures:
+    def _figures(self, request: Request, queue: QueueFigures, acks: AckFigures | None) -> Figures:
         connections = self.connections(request.tenant)
         subscriptions = sum(connections.channels.values())
         return Figures(
@@ -175,7 +231,7 @@ class Stats:
             self._notifications(),
             queue,
             acks,
-            NO_STORE,
+            **self.stores.figures(),
         )
 
     def _notifications(self) -> NotificationFigures:
@@ -211,3 +267,27 @@ def _ack_figures(stats: AckStats) -> AckFigures:
         stats.average_ms,
         stats.p95_ms,
     )
+
+
+def or_none(ask: Callable[[], Eventually[T]]) -> Eventually[T | None]:
+    """What `ask` gives; None where a store does not answer, said now or later."""
+    try:
+        value = ask()
+    except Unavailable:
+        return None
+    return _or_none_later(value) if is_awaitable(value) else value
+
+
+async def _or_none_later(value: Awaitable[T]) -> T | None:
+    try:
+        return await value
+    except Unavailable:
+        return None
+
+
+def _store_figures(store: Store | None) -> StoreFigures:
+    if store is None:
+        return StoreFigures("disabled", connected=False)
+    breaker = _BREAKER[store.breaker.state]
+    well = store.up and breaker == "closed"
+    return StoreFigures("connected" if well else "degraded", store.up, breaker)

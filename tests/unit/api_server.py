@@ -12,6 +12,7 @@ import httpx
 from notifyd.api.acks import identify_with
 from notifyd.api.guard import Endpoint, Guard
 from notifyd.api.routes import Api, Services, build_endpoints
+from notifyd.api.stats import NO_STORES, Stores
 from notifyd.auth import ApiKeys, Origins, TokenVerifier
 from notifyd.background import BackgroundTasks
 from notifyd.channel_rules import ChannelRules
@@ -24,6 +25,7 @@ from notifyd.connections.registry import Registry
 from notifyd.connections.replay import Replayer
 from notifyd.dispatch.confirmation import Confirmations
 from notifyd.dispatch.dispatcher import Dispatcher
+from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.idempotency import MemoryIdempotencyKeys
 from notifyd.identifiers import new_uuid
 from notifyd.identity import Identity
@@ -92,6 +94,7 @@ class ApiServer:
         cookie_name: str | None = None,
         templates: TemplateStore | None = None,
         logs: Any = None,
+        stores: Stores = NO_STORES,
         body_seconds: float = 30.0,
     ) -> None:
         self.clock = Clock()
@@ -121,6 +124,15 @@ class ApiServer:
             if acks
             else None
         )
+        self.writes = StoreWrites(
+            self.logs,
+            self.ledger,
+            max_waiting=1000,
+            clock=self.clock,
+            spawn=self.tasks.spawn,
+            on_lost=lambda notification: None,
+            on_unavailable=lambda error: None,
+        )
         self.confirmations = Confirmations(
             self.registry,
             self.logs,
@@ -128,7 +140,7 @@ class ApiServer:
             max_pending=1000,
             idle_timeout=120,
             clock=self.clock,
-            on_lost=lambda notification: None,
+            writes=self.writes,
         )
         auth = AuthSettings(
             jwt_secret=SECRET,
@@ -163,6 +175,7 @@ class ApiServer:
             replayer=Replayer(
                 self.logs,
                 self.ledger,
+                self.writes,
                 self.confirmations,
                 self.metrics,
                 page_bytes=65536,
@@ -193,6 +206,7 @@ class ApiServer:
             confirmations=self.confirmations,
             logs=self.logs,
             ledger=self.ledger,
+            writes=self.writes,
             metrics=self.metrics,
             clock=self.clock,
         )
@@ -211,6 +225,7 @@ class ApiServer:
                 metrics_enabled=metrics_enabled,
                 metrics_public=metrics_public,
                 queue_backend="memory",
+                stores=stores,
                 phase=lambda: self.phase,
                 clock=self.clock,
                 started_at=NOW - 90,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
+from notifyd.api.stats import Stores
+from notifyd.errors import Unavailable
+from notifyd.options import BreakerSettings
+from notifyd.resilience import CircuitBreaker
 from tests.unit.api_server import READ, ApiServer, LaterLogs, error_of
 
 EVENT = {"event_type": "a", "payload": 1}
@@ -50,6 +54,7 @@ async def test_the_figures() -> None:
             "p95_latency_ms": None,
         },
         "redis": {"status": "disabled", "connected": False},
+        "postgres": {"status": "disabled", "connected": False},
     }
     assert (await server.request("GET", "/api/v1/stats")).json() == figures
     assert (await server.request("GET", "/api/v1/stats/acks")).json() == figures["ack"]
@@ -82,6 +87,88 @@ async def test_a_store_may_answer_later() -> None:
     assert (await server.request("GET", "/stats")).json()["queue"]["total_messages"] == 7
     health = (await server.request("GET", "/health", key=READ)).json()
     assert health["queue"]["total_messages"] == 7
+
+
+class FakeStore:
+    """What a store's client says of itself."""
+
+    def __init__(self) -> None:
+        self.up = True
+        self.breaker = CircuitBreaker(BreakerSettings(failure_threshold=1), random=lambda: 1.0)
+
+
+async def test_how_the_stores_do() -> None:
+    store = FakeStore()
+    server = ApiServer(stores=Stores(redis=store))
+
+    async def told() -> tuple[str, object]:
+        health = (await server.request("GET", "/health", key=READ)).json()
+        figures = (await server.request("GET", "/stats", key=READ)).json()
+        assert figures["redis"] == health["redis"]
+        assert figures["postgres"] == health["postgres"]
+        assert health["postgres"] == {"status": "disabled", "connected": False}
+        stranger = (await server.request("GET", "/health", key=None)).json()
+        assert stranger["status"] == health["status"]
+        return health["status"], health["redis"]
+
+    well = {"status": "connected", "connected": True, "breaker": "closed"}
+    assert await told() == ("healthy", well)
+    store.breaker.failed()
+    assert await told() == (
+        "degraded",
+        {"status": "degraded", "connected": True, "breaker": "open"},
+    )
+    store.up = False
+    assert await told() == (
+        "degraded",
+        {"status": "degraded", "connected": False, "breaker": "open"},
+    )
+    store.breaker = CircuitBreaker(BreakerSettings())
+    assert await told() == (
+        "degraded",
+        {"status": "degraded", "connected": False, "breaker": "closed"},
+    )
+    store.up = True
+    assert await told() == ("healthy", well)
+
+
+async def test_ready_without_a_store_unless_it_is_required() -> None:
+    for required, status in ((False, 200), (True, 503)):
+        store = FakeStore()
+        names: frozenset[Literal["redis", "postgres"]] = frozenset({"postgres"} if required else ())
+        server = ApiServer(stores=Stores(postgres=store, required=names))
+        assert (await server.request("GET", "/health/ready", key=None)).status_code == 200
+        store.up = False
+        ready = await server.request("GET", "/health/ready", key=None)
+        assert ready.status_code == status
+        assert (await server.request("GET", "/health/live", key=None)).status_code == 200
+        if status == 503:
+            assert error_of(ready)["message"] == "A store does not answer: postgres."
+            assert ready.headers["Retry-After"]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_figures_without_a_store(at_once: bool) -> None:
+    async def unavailable() -> Any:
+        raise Unavailable("The store does not answer.", retry_after=1)
+
+    def refused() -> Any:
+        if at_once:
+            raise Unavailable("The store does not answer.", retry_after=1)
+        return unavailable()
+
+    logs = LaterLogs(lambda *args: unavailable())
+    logs.depth = refused  # type: ignore[method-assign]  # a fault
+    server = ApiServer(logs=logs)
+    server.ledger.stats = refused  # type: ignore[union-attr,method-assign]  # a fault
+    figures = (await server.request("GET", "/stats")).json()
+    assert figures["queue"] == {"enabled": True, "backend": "memory", "total_messages": None}
+    assert figures["ack"] is None
+    assert figures["connections"]["total_connections"] == 0
+    health = (await server.request("GET", "/health", key=READ)).json()
+    assert health["queue"]["total_messages"] is None
+    acks = await server.request("GET", "/api/v1/stats/acks")
+    assert (acks.status_code, error_of(acks)["code"]) == (503, "UNAVAILABLE")
 
 
 async def test_health_tells_strangers_little() -> None:

@@ -140,7 +140,6 @@ class TestCheckConfig:
         assert cli.main(["check-config"], environ) == 0
         assert url in capsys.readouterr().out
 
-
     def test_looks_into_the_stores_that_are_used(self, capsys: pytest.CaptureFixture[str]) -> None:
         environ = {
             "NOTIFYD_QUEUE__BACKEND": "redis",
