@@ -126,16 +126,20 @@ def store(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@given(steps=st.lists(LOG_STEPS, max_size=40))
+@given(steps=st.lists(LOG_STEPS, max_size=40), max_size=st.sampled_from([1, 2, 5]))
 @A_FEW
-async def test_logs(store: str, steps: list[Any], request: pytest.FixtureRequest) -> None:
+async def test_logs(
+    store: str, steps: list[Any], max_size: int, request: pytest.FixtureRequest
+) -> None:
     clock = Clock()
     async with (
         memory(clock, request.getfixturevalue) as model,
         BACKENDS[store](clock, request.getfixturevalue) as backend,
     ):
-        bounds = {"max_size_per_user": 5, "message_ttl_seconds": 25}
-        expected, actual = await model.logs(**bounds), await backend.logs(**bounds)
+        expected, actual = [
+            await each.logs(max_size_per_user=max_size, message_ttl_seconds=25)
+            for each in (model, backend)
+        ]
         for step in [*steps, *[("read", user, 3000) for user in USERS]]:
             if step[0] == "wait":
                 clock.now += step[1]

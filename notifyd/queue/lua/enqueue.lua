@@ -15,7 +15,7 @@ if ARGV[4] ~= '' then
     expires = math.min(expires, tonumber(ARGV[4]))
 end
 local entry = string.format('%013.0f', expires) .. ARGV[8]
-local given_up, expired, stored = 0, 0, 0
+local given_up, expired, stored, renew = 0, 0, 0, false
 
 local function give_up(log, order, victim, offset)
     remove(log, order, {victim})
@@ -26,11 +26,13 @@ local function give_up(log, order, victim, offset)
     given_up = given_up + 1
 end
 
--- Makes room in a full log; false where the newcomer is the least itself.
+-- Makes room in a full log: its size and when the first entry expires, then; nil where the newcomer
+-- is the least itself.
 local function make_room(log, order, size, first)
     if first <= now then
         -- What is dead already makes room before what is alive.
-        local dropped = drop_expired(log, order, now)
+        local dropped
+        dropped, first = drop_expired(log, order, now)
         expired = expired + dropped
         size = size - dropped
     end
@@ -38,23 +40,24 @@ local function make_room(log, order, size, first)
         local least = redis.call('ZRANGE', order, 0, 0, 'WITHSCORES')
         local score = tonumber(least[2])
         if rank < math.floor(score / RANK) then
-            return false
+            return nil
         end
         give_up(log, order, least[1], score % RANK)
         size = size - 1
     end
-    return true
+    return size, first
 end
 
 local function store(log, order, member)
     local size = redis.call('ZCARD', order)
-    local known = redis.call('HMGET', log, 'o', 'u', 'x')
+    local known = redis.call('HMGET', log, 'o', 'u', 'x', 'e')
     local first = tonumber(known[3]) or 0
     if size >= max_size then
         if redis.call('HEXISTS', log, id) == 1 then
             return 0
         end
-        if not make_room(log, order, size, first) then
+        size, first = make_room(log, order, size, first)
+        if not size then
             return 2
         end
     end
@@ -71,14 +74,12 @@ local function store(log, order, member)
     -- The keys go by themselves where no server sweeps any more. An eighth longer than needed, so
     -- that not every entry has to say it again.
     local gone_at = math.max(expires + grace + math.floor(ttl / 8), size > 0 and known[2] or 0)
-    redis.call('HSET', log, 'o', offset, 'u', gone_at,
+    redis.call('HSET', log, 'o', offset, 'e', known[4] or string.format('%x', now), 'u', gone_at,
         'x', size > 0 and math.min(first, expires) or expires)
-    if offset == 1 then
-        redis.call('HSET', log, 'e', string.format('%x', now))
-    end
     redis.call('ZADD', due, 'LT', expires, member)
     redis.call('PEXPIRE', log, math.max(1, gone_at - now))
     redis.call('PEXPIRE', order, math.max(1, gone_at - now))
+    renew = true
     return 1
 end
 
@@ -91,7 +92,8 @@ local change = stored - given_up - expired
 if change ~= 0 then
     redis.call('INCRBY', depth, change)
 end
-if stored > 0 then
+if renew then
+    -- Longer than any user's.
     local longest = 2 * (ttl + grace)
     redis.call('PEXPIRE', depth, longest)
     redis.call('PEXPIRE', due, longest)
