@@ -62,6 +62,11 @@ class AsgiSink:
             self._closed = (code, reason)
             self._wake.set()
 
+    def release(self) -> None:
+        """The connection is gone."""
+        connection, self.connection = self.connection, None
+        connection.outbox.let_connection_go()
+
     async def batch(self) -> bytes | tuple[int, str]:
         """The next bytes to send, or at the end the close code and reason."""
         connection = self.connection
@@ -161,6 +166,7 @@ class Realtime:
                 await asyncio.wait({writer}, timeout=CLOSE_SECONDS)
         finally:
             self._lifecycle.lost(connection)
+            sink.release()
             for task in (writer, reader):
                 task.cancel()
             for ended in await asyncio.gather(writer, reader, return_exceptions=True):
@@ -243,6 +249,7 @@ class Realtime:
             await self._stream_response(request, sink)(scope, receive, send)
         finally:
             self._lifecycle.lost(connection, "client")
+            sink.release()
 
     def _stream_response(self, request: Request, sink: AsgiSink) -> EventSourceResponse:
         # Our own heartbeats are in the stream; a second kind of ping would only cost.

@@ -371,6 +371,14 @@ class Outbox:
         self._flusher.resumed(self)
         self._tell_drained()
 
+    def let_connection_go(self) -> None:
+        """Its transport is gone: a connection and its outbox keep each other alive no longer.
+
+        With as few collections as a server of many connections can have, what refers to itself
+        would stay for hours.
+        """
+        del self.connection
+
     async def drained(self) -> None:
         """Wait until what may be written has been, or the connection is closed. One waiter at a
         time.

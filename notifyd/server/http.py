@@ -159,6 +159,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_began = False
         self._ended = False
         self._upgrade_ignored = False
+        self._refused = False
         self._endpoint: Endpoint | None = None
         self._length = 0
         self._body = b""
@@ -188,12 +189,17 @@ class HttpProtocol(HttpToolsProtocol):
         self._door.waiting.pop(self, None)
         self._door.leave()
         super().connection_lost(exc)
+        # Requests that were waiting for their turn refer to this protocol, as it does to them.
+        self.pipeline.clear()
+        self.cycle = None  # type: ignore[assignment]  # as it is before the first request
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser; count what belongs to a head, which uvicorn would let grow without
         end.
         """
         if self._early is not None:
+            if self._refused:
+                return
             # A client speaks before its handshake is answered: kept for its WebSocket.
             self._early += data
             if len(self._early) > MAX_EARLY_BYTES:
@@ -227,7 +233,9 @@ class HttpProtocol(HttpToolsProtocol):
     def timed_out(self) -> None:
         """The deadline for a head or a body passed; an idle connection is just closed."""
         self.deadline = _NEVER
-        if self._in_head or self._endpoint is not None or self._body_is_due():
+        if self._refused:
+            self.transport.close()
+        elif self._in_head or self._endpoint is not None or self._body_is_due():
             what = "head" if self._in_head else "body"
             self._refuse_and_close(RequestTimeout(f"The request's {what} did not arrive in time."))
         else:
@@ -235,6 +243,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """The server stops: finish what is being answered, take nothing new."""
+        if self._refused:
+            self.transport.close()
+            return
         if self._endpoint is not None and not self.transport.is_closing():
             self._refuse_and_close(RequestTimeout("The server is shutting down."))
             return
@@ -244,6 +255,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
+        if self._stream:
+            raise BadRequest("Nothing can be asked behind a stream.")
         super().on_message_begin()
         self._in_head = True
         self._head_began = True
@@ -462,11 +475,20 @@ class HttpProtocol(HttpToolsProtocol):
             # It is this cycle's own request that goes wrong.
             cycle.disconnected = True
             cycle.message_event.set()
-            self.transport.write(self._render(self._refusal_answer(error, route), close=True))
-        elif cycle is None or cycle.response_complete:
-            self.transport.write(self._render(self._refusal_answer(error, route), close=True))
-        # Behind a request that is still being answered, an answer now would be taken for its own.
-        self.transport.close()
+        elif cycle is not None and not cycle.response_complete:
+            # An answer now would be taken for that of the request before it.
+            self.transport.close()
+            return
+        self.transport.write(self._render(self._refusal_answer(error, route), close=True))
+        if self not in self._door.waiting or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        # Its client may be sending still: closing with bytes unread would reset the connection, and
+        # the answer be lost with it (RFC 9112, section 9.6).
+        self.transport.write_eof()
+        self._refused = True
+        self._early = bytearray()
+        self.deadline = self.loop.time() + self._timeouts.close
 
     def _body_is_due(self) -> bool:
         """Whether ASGI has a request whose body is not yet whole, and has answered nothing."""
@@ -479,6 +501,10 @@ class HttpProtocol(HttpToolsProtocol):
         )
 
     # --- leaving for a protocol of its own ---
+
+    def _forget_parser(self) -> None:
+        """It and this protocol refer to each other, and would outlive what they were for."""
+        self.parser = None  # type: ignore[assignment]  # as uvicorn does at the end
 
     def _leave(self) -> None:
         """uvicorn and the sweep forget this protocol; the socket stays, and stays counted."""
@@ -625,6 +651,7 @@ class HttpProtocol(HttpToolsProtocol):
         )
         early = bytes(self._early or b"")
         self._door.detach()
+        self._forget_parser()
         self.transport.set_protocol(websocket)
         return websocket, early
 
@@ -679,6 +706,7 @@ class HttpProtocol(HttpToolsProtocol):
             on_gone=self._door.leave_detached,
         )
         self._door.detach()
+        self._forget_parser()
         self.transport.set_protocol(stream)
         connection = lifecycle.connect(handshake, identity, stream, opening=self._stream_head())
         stream.begin(connection)

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from tests.adversity.hosting import Hosted
-from tests.adversity.raw import RawClient
+from tests.adversity.raw import RawClient, request
 from tests.adversity.test_bodies import GOOD, SEND
 from tests.front_door import ORIGIN, token
 
@@ -384,6 +384,25 @@ async def test_garbage_behind_a_request(sockets: Hosted) -> None:
         await client.send(sockets.request("POST", SEND, body=GOOD) + b"garbage\r\n\r\n")
         assert (await client.response()).status == 200
         await refused(client, 400, "BAD_REQUEST")
+
+
+async def test_nothing_is_answered_within_a_stream(sockets: Hosted) -> None:
+    async with sockets.connected() as client:
+        await client.send(
+            request("GET", f"/sse?token={token('stream')}"),
+            sockets.request("GET", "/health"),
+            sockets.request("POST", SEND, body=GOOD.replace(b"u1", b"stream")),
+        )
+        assert (await client.response_head()).status == 200
+        await client.event("connected")
+        await client.send(sockets.request("GET", "/health"))
+        sent = await sockets.call("POST", SEND, GOOD.replace(b"u1", b"stream"))
+        assert sent.json["delivered_to"] == 1
+        seen = b""
+        while b"event: notification" not in seen:
+            seen += await client.line()
+        assert b"HTTP/1.1" not in seen
+        assert b"healthy" not in seen
 
 
 async def test_a_request_within_a_body_is_not_taken_for_one(server: Hosted) -> None:
