@@ -241,7 +241,7 @@ async def test_a_chunked_body_over_its_limit_is_a_413(server: Hosted) -> None:
         assert (answer.status, answer.code) == (413, "PAYLOAD_TOO_LARGE")
 
 
-async def test_a_chunked_body_without_end_is_a_413(server: Hosted) -> None:
+async def test_a_chunked_body_without_end_is_cut_off(server: Hosted) -> None:
     async with server.connected() as client:
         await client.send(server.request("POST", SEND, CHUNKED))
 
@@ -250,10 +250,11 @@ async def test_a_chunked_body_without_end_is_a_413(server: Hosted) -> None:
                 await client.send(b"10000\r\n" + b" " * 65536 + b"\r\n")
 
         task = asyncio.create_task(flood())
-        answer = await client.response()
+        told = await client.rest()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        assert (answer.status, answer.code) == (413, "PAYLOAD_TOO_LARGE")
+        # Some megabytes late it is told why, unless the reset of what is still coming is faster.
+        assert told == b"" or b" 413 " in told
 
 
 async def test_expect_100_continue(server: Hosted) -> None:
