@@ -132,7 +132,7 @@ class Flusher:
             self.spread()
             self._gathered_for = recipients
         self._gathered.append(message)
-        self._gathered_bytes += len(message.body)
+        self._gathered_bytes += len(message.json)
         if self._gathered_bytes > WRITE_BYTES:
             self.spread()
         self._schedule_run()

@@ -75,6 +75,21 @@ class Confirmations:
     def hold(self, notification: Notification, connections: Sequence[Connection]) -> None:
         """These connections of one user just took it."""
         id = notification.id
+        if len(connections) == 1:
+            # Most users have one device: no lists, no loops.
+            (connection,) = connections
+            unconfirmed = connection.unconfirmed
+            if unconfirmed is None:
+                unconfirmed = connection.unconfirmed = {}
+            elif id in unconfirmed:
+                return
+            held = unconfirmed[id] = Held(notification, [connection], self._clock())
+            self._oldest_first.append(held)
+            self.held += 1
+            if self.held > self._max_pending:
+                self._move_oldest_to_log()
+            self._ask_soon(connection)
+            return
         takers = [
             connection
             for connection in connections
@@ -132,8 +147,13 @@ class Confirmations:
     def _let_go(self, held: Held) -> None:
         """No connection holds it any more."""
         held.settled = True
+        id = held.notification.id
         for connection in held.connections:
-            connection.forget(held.notification.id)
+            unconfirmed = connection.unconfirmed
+            if unconfirmed is not None and id in unconfirmed:
+                del unconfirmed[id]
+                if not unconfirmed:
+                    connection.unconfirmed = None
         held.connections.clear()
         if not held.stored:
             self.held -= 1
@@ -190,7 +210,8 @@ class Confirmations:
         """The user's own acks. Answered after the store settled them; a second ack is acked
         again.
         """
-        held = {id: self._settle_here(tenant, user_id, id) for id in ids}
+        connections = self._registry.tenant(tenant).of_user(user_id)
+        held = {id: self._settle_here(connections, id) for id in ids}
         in_log = [id for id, found in held.items() if found is None or found.stored]
         settled: Eventually[frozenset[str]] = (
             self._logs.settle(tenant, user_id, in_log) if self._logs and in_log else frozenset()
@@ -208,10 +229,10 @@ class Confirmations:
 
         return chain(then(settled, after_settling), answer)
 
-    def _settle_here(self, tenant: str, user_id: str, id: str) -> Held | None:
+    def _settle_here(self, connections: Sequence[Connection], id: str) -> Held | None:
         """Let every connection of the user go of it; what was held, or None."""
         found: Held | None = None
-        for connection in self._registry.tenant(tenant).of_user(user_id):
+        for connection in connections:
             unconfirmed = connection.unconfirmed
             held = unconfirmed.get(id) if unconfirmed else None
             if held is not None:
@@ -225,8 +246,9 @@ class Confirmations:
         identity = connection.identity
         confirmed: list[str] = []
         in_log: list[str] = []
+        connections = self._registry.tenant(identity.tenant).of_user(identity.user_id)
         for id in ids:
-            held = self._settle_here(identity.tenant, identity.user_id, id)
+            held = self._settle_here(connections, id)
             if held is not None:
                 confirmed.append(id)
                 if held.stored:

@@ -203,14 +203,16 @@ class _Record:
     """What the ledger knows of one notification.
 
     `recipients` maps a user to when he was sent it (Unix seconds; he is pending), or to what became
-    of it. `anyone` marks a notification that expects nobody in particular.
+    of it; `pending` counts the former. `anyone` marks a notification that expects nobody in
+    particular.
     """
 
-    __slots__ = ("acks", "anyone", "recipients", "sent_at")
+    __slots__ = ("acks", "anyone", "pending", "recipients", "sent_at")
 
     def __init__(self, sent_at: float, *, anyone: bool) -> None:
         self.sent_at = sent_at
         self.recipients: dict[str, float | Confirmation] = {}
+        self.pending = 0
         self.anyone = anyone
         self.acks = 0
 
@@ -262,13 +264,26 @@ class MemoryAckLedger:
     ) -> None:
         """See `AckLedger.expect`."""
         now = self._clock()
+        key = (tenant, notification_id)
+        if not queued and key not in self._records:
+            # By far the most common case, and the hot path: nobody is known of it yet.
+            record = self._records[key] = _Record(now, anyone=False)
+            record.recipients = dict.fromkeys(recipients, now)
+            record.pending = len(record.recipients)
+            self._pending += record.pending
+            self._size += 1 + record.pending
+            self._order.append(key)
+            self._sent.append((now, key, recipients))
+            if self._size > self._max_pending:
+                self._let_go_of_the_oldest()
+            return
         record = self._record(tenant, notification_id, now)
         known = record.recipients
         before = len(known)
         if queued:
             for user_id in recipients:
                 if not isinstance(known.get(user_id), Confirmation):
-                    self._pending -= user_id in known
+                    self._no_more_pending(record, user_id in known)
                     known[user_id] = Confirmation(user_id, "queued")
         else:
             sent = [
@@ -279,11 +294,10 @@ class MemoryAckLedger:
                     and state.state == "confirmed"
                 )
             ]
-            self._pending += len(sent) - sum(
-                isinstance(known.get(user_id), float) for user_id in sent
-            )
+            more = len(sent) - sum(isinstance(known.get(user_id), float) for user_id in sent)
+            self._no_more_pending(record, -more)
             known.update(dict.fromkeys(sent, now))
-            self._sent.append((now, (tenant, notification_id), sent))
+            self._sent.append((now, key, sent))
         self._size += len(known) - before
         if self._size > self._max_pending:
             self._let_go_of_the_oldest()
@@ -329,7 +343,7 @@ class MemoryAckLedger:
             if state.state == "confirmed" and (state.by == "ack" or by == "transport"):
                 return True
         else:
-            self._pending -= 1
+            self._no_more_pending(record, 1)
         record.recipients[user_id] = Confirmation(user_id, "confirmed", now, by)
         if by == "ack":
             self._count(now - (state if isinstance(state, float) else record.sent_at))
@@ -366,7 +380,7 @@ class MemoryAckLedger:
             late = [user_id for user_id in recipients if record.recipients.get(user_id) == sent_at]
             for user_id in late:
                 record.recipients[user_id] = Confirmation(user_id, "expired")
-            self._pending -= len(late)
+            self._no_more_pending(record, len(late))
             self._count_expired(len(late))
             total += len(late)
             if len(self._sent) % RECORDS_PER_TURN == 0:
@@ -390,9 +404,13 @@ class MemoryAckLedger:
     def _let_go(self, key: tuple[str, str]) -> None:
         record = self._records.pop(key)
         self._size -= 1 + len(record.recipients)
-        never_confirmed = sum(isinstance(state, float) for state in record.recipients.values())
-        self._pending -= never_confirmed
-        self._count_expired(never_confirmed)
+        if record.pending:
+            self._pending -= record.pending
+            self._count_expired(record.pending)
+
+    def _no_more_pending(self, record: _Record, count: int) -> None:
+        record.pending -= count
+        self._pending -= count
 
     def _count_expired(self, count: int) -> None:
         if count:

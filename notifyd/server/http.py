@@ -161,7 +161,6 @@ class HttpProtocol(HttpToolsProtocol):
         self._upgrade_ignored = False
         self._refused = False
         self._endpoint: Endpoint | None = None
-        self._length = 0
         self._body = b""
         self._stream = False
         self._early: bytearray | None = None
@@ -257,7 +256,11 @@ class HttpProtocol(HttpToolsProtocol):
         """A request's first byte."""
         if self._stream:
             raise BadRequest("Nothing can be asked behind a stream.")
-        super().on_message_begin()
+        # uvicorn would make the ASGI scope here, which only its own lane needs.
+        self.scope = None  # type: ignore[assignment]  # until `_make_scope`
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         self._in_head = True
         self._head_began = True
         self._head_bytes = 0
@@ -265,23 +268,32 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         """A piece of the request's target."""
-        self._count_head(len(url))
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """One header."""
-        self._count_head(len(name) + len(value) + 4)
-        if len(self.headers) >= MAX_HEADERS:
+        if self._head_began:
+            self._head_bytes += len(url)
+        if self._head_bytes > MAX_HEAD_BYTES:
             self._refusal = _head_too_large()
             raise self._refusal
-        super().on_header(name, value)
+        self.url += url
 
-    def _count_head(self, size: int) -> None:
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header. As uvicorn does it, in one call."""
+        headers = self.headers
         if self._head_began:
-            self._head_bytes += size
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._refusal = _head_too_large()
-                raise self._refusal
+            self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > MAX_HEAD_BYTES or len(headers) >= MAX_HEADERS:
+            self._refusal = _head_too_large()
+            raise self._refusal
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        headers.append((name, value))
+
+    def _make_scope(self) -> None:
+        """The scope for ASGI, of the head that is read already."""
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects
+        self.headers += headers
 
     def on_headers_complete(self) -> None:
         """Choose the lane."""
@@ -303,6 +315,7 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._check_length()
         self.deadline = self.loop.time() + self._timeouts.body
+        self._make_scope()
         super().on_headers_complete()
 
     def _check_length(self) -> None:
@@ -334,9 +347,8 @@ class HttpProtocol(HttpToolsProtocol):
                 if length >= 0 or not value.isdigit():
                     return False
                 length = int(value)
-            elif name in (b"transfer-encoding", b"expect"):
+            elif name in _OF_THE_OTHER_LANE:
                 return False
-        self._length = length
         return 0 <= length <= endpoint.max_body
 
     def _busy(self) -> bool:
@@ -720,6 +732,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.write(self._stream_head() + events)
         self.transport.close()
 
+
+_OF_THE_OTHER_LANE: Final = frozenset({b"transfer-encoding", b"expect"})
 
 _ANSWERED: Final = FastCycle(response_complete=True)
 
