@@ -321,6 +321,7 @@ def decode_client_message(text: str | bytes) -> ClientMessage:
 
 # Numbers stay text: a recipient may read digits that no float holds.
 _decode_strings = msgspec.json.Decoder(float_hook=str).decode
+BACKSLASH = 0x5C
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
@@ -342,7 +343,7 @@ def normalise_payload(raw: msgspec.Raw | bytes, field: str = "payload") -> msgsp
     """
     try:
         data = msgspec.json.format(raw, indent=-1)
-        if b"\\u" in data:
+        if BACKSLASH in data and b"\\u" in data:
             # A lone surrogate is valid by JSON's grammar, and no strict client could decode it.
             _decode_strings(data)
     except msgspec.DecodeError as error:

@@ -157,8 +157,7 @@ class Confirmations:
         held.connections.clear()
         if not held.stored:
             self.held -= 1
-            if len(self._oldest_first) > 2 * self.held + KEPT_SETTLED:
-                self._oldest_first = deque(each for each in self._oldest_first if not each.settled)
+            self._forget_settled()
 
     def _to_log(self, tenant: str, user_id: str, notification: Notification) -> Eventually[bool]:
         """Hand a notification back to the user's log; False where nothing keeps it."""
@@ -247,16 +246,43 @@ class Confirmations:
         confirmed: list[str] = []
         in_log: list[str] = []
         connections = self._registry.tenant(identity.tenant).of_user(identity.user_id)
-        for id in ids:
-            held = self._settle_here(connections, id)
-            if held is not None:
-                confirmed.append(id)
-                if held.stored:
-                    in_log.append(id)
+        if connections == (connection,):
+            self._settle_alone(connection, ids, confirmed, in_log)
+        else:
+            for id in ids:
+                held = self._settle_here(connections, id)
+                if held is not None:
+                    confirmed.append(id)
+                    if held.stored:
+                        in_log.append(id)
         if in_log and self._logs is not None:
             self._logs.settle(identity.tenant, identity.user_id, in_log)
         if confirmed and self._ledger is not None:
             self._ledger.confirm(identity.tenant, identity.user_id, confirmed)
+
+    def _settle_alone(
+        self, connection: Connection, ids: Sequence[str], confirmed: list[str], in_log: list[str]
+    ) -> None:
+        """`_settle_here` for a user's only connection, of many ids at once."""
+        unconfirmed = connection.unconfirmed
+        if unconfirmed is None:
+            return
+        for id in ids:
+            held = unconfirmed.pop(id, None)
+            if held is not None:
+                held.settled = True
+                held.connections.clear()
+                confirmed.append(id)
+                if held.stored:
+                    in_log.append(id)
+        if not unconfirmed:
+            connection.unconfirmed = None
+        self.held -= len(confirmed) - len(in_log)
+        self._forget_settled()
+
+    def _forget_settled(self) -> None:
+        if len(self._oldest_first) > 2 * self.held + KEPT_SETTLED:
+            self._oldest_first = deque(each for each in self._oldest_first if not each.settled)
 
     # --- asking ---
 

@@ -120,6 +120,8 @@ class Dispatcher:
         exclude: str | None,
     ) -> Receipt:
         found = resolve(tenant, target)
+        if not found.connections and target.type != "channels":
+            return Receipt(notification.id, Outcome.NOBODY)
         recipients = narrowed(found, notification.audience, exclude)
         connections = recipients.connections
         if connections:

@@ -162,6 +162,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._refused = False
         self._endpoint: Endpoint | None = None
         self._body = b""
+        self._forwarded = False
+        self._host = ""
         self._stream = False
         self._early: bytearray | None = None
         self._refusal: NotifydError | None = None
@@ -179,6 +181,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.flow = FlowControl(self.transport)
         self.server = _address(transport, "sockname")
         self.client = _address(transport, "peername")
+        self._host = self.client[0] if self.client else ""
         self.scheme = "https" if transport.get_extra_info("sslcontext") else "http"
         self.deadline = self.loop.time() + self._timeouts.head
         self._door.waiting[self] = None
@@ -342,13 +345,15 @@ class HttpProtocol(HttpToolsProtocol):
         if self._busy():
             return False
         length = -1
+        self._forwarded = False
         for name, value in self.headers:
-            if name == b"content-length":
-                if length >= 0 or not value.isdigit():
+            if name in _LOOKED_AT:
+                if name == b"x-forwarded-for":
+                    self._forwarded = True
+                elif name != b"content-length" or length >= 0 or not value.isdigit():
                     return False
-                length = int(value)
-            elif name in _OF_THE_OTHER_LANE:
-                return False
+                else:
+                    length = int(value)
         return 0 <= length <= endpoint.max_body
 
     def _busy(self) -> bool:
@@ -412,7 +417,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _answer_fast(self, endpoint: Endpoint) -> None:
         body, self._body = self._body, b""
-        request = Request("POST", endpoint.path, {}, b"", self.headers, body, self._peer())
+        address = self._peer() if self._forwarded else self._host
+        request = Request("POST", endpoint.path, {}, b"", self.headers, body, address)
         answer = endpoint(request)
         if is_awaitable(answer):
             cycle = FastCycle(response_complete=False)
@@ -456,8 +462,7 @@ class HttpProtocol(HttpToolsProtocol):
         )
 
     def _peer(self) -> str:
-        host = self.client[0] if self.client else ""
-        return self._services.proxies.client_address(host, self.headers)
+        return self._services.proxies.client_address(self._host, self.headers)
 
     # --- refusing ---
 
@@ -733,7 +738,9 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-_OF_THE_OTHER_LANE: Final = frozenset({b"transfer-encoding", b"expect"})
+_LOOKED_AT: Final = frozenset(
+    {b"content-length", b"transfer-encoding", b"expect", b"x-forwarded-for"}
+)
 
 _ANSWERED: Final = FastCycle(response_complete=True)
 
