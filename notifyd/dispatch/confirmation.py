@@ -125,13 +125,19 @@ class Confirmations:
         self._ask_soon(connection)
 
     def held_by_others(self, connection: Connection) -> list[Held]:
-        """What the user's other connections hold that is not in his log, in order of delivery."""
+        """What the user's other connections hold that is not in his log, in order of delivery.
+
+        Without what was for those connected then, and what is over its ttl.
+        """
         identity = connection.identity
+        now = self._clock()
         found: dict[str, Held] = {}
         for other in self._registry.tenant(identity.tenant).of_user(identity.user_id):
             if other is not connection and other.unconfirmed is not None:
                 for id, held in other.unconfirmed.items():
-                    if not held.stored:
+                    expires_at = held.notification.expires_at
+                    late = expires_at is not None and expires_at <= now
+                    if not held.stored and held.notification.storable and not late:
                         found.setdefault(id, held)
         return sorted(found.values(), key=lambda held: held.since)
 

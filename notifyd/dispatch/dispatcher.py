@@ -206,9 +206,8 @@ class Dispatcher:
             self._confirmations.hold(notification, connections)
             return Outcome.DELIVERED, 1
         taken_by = [connection for connection in connections if connection.offer(message)]
-        if len(taken_by) > 1:
-            # One that took it may have been given up to make room for it in another.
-            taken_by = [each for each in taken_by if each.state is State.OPEN]
+        # One that took it may have been given up to make room for it in another.
+        taken_by = [each for each in taken_by if each.state is State.OPEN]
         streams = sum(connection.transport == "sse" for connection in taken_by)
         self._count(len(taken_by) - streams, streams, len(connections) - len(taken_by))
         if not taken_by:

@@ -161,7 +161,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._upgrade_ignored = False
         self._refused = False
         self._endpoint: Endpoint | None = None
-        self._body = b""
+        self._body: bytes | bytearray = b""
+        self._trailer = False
+        self._trailer_bytes = 0
         self._forwarded = False
         self._host = ""
         self._stream = False
@@ -208,6 +210,7 @@ class HttpProtocol(HttpToolsProtocol):
                 self.transport.close()
             return
         self._head_began = self._ended = False
+        in_trailer = self._trailer
         try:
             try:
                 self.parser.feed_data(data)
@@ -226,6 +229,12 @@ class HttpProtocol(HttpToolsProtocol):
                 refusal = self._refusal or BadRequest("This is not a valid HTTP request.")
                 self._refuse_and_close(refusal)
             return
+        if in_trailer and self._trailer:
+            # Behind the last chunk the parser gathers a header until it ends, and no limit of a
+            # body looks there (RFC 9112, section 7.1.2).
+            self._trailer_bytes += len(data)
+            if self._trailer_bytes > MAX_HEAD_BYTES:
+                self._refuse_and_close(_head_too_large())
         if self._in_head and not (self._head_began and self._ended):
             # The head of one request spans this whole chunk.
             self._head_bytes = len(data) + (0 if self._head_began else self._head_bytes)
@@ -378,14 +387,26 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """A piece of a body."""
-        if self._endpoint is not None:
-            self._body = self._body + body if self._body else body
-        else:
+        self._trailer = False
+        if self._endpoint is None:
             super().on_body(body)
+        elif not self._body:
+            self._body = body
+        else:
+            # Many small pieces must not copy all that came before them.
+            if not isinstance(self._body, bytearray):
+                self._body = bytearray(self._body)
+            self._body += body
+
+    def on_chunk_header(self) -> None:
+        """A chunk is announced: what comes next is its body, or a trailer where it is the last."""
+        self._trailer = True
+        self._trailer_bytes = 0
 
     def on_message_complete(self) -> None:
         """A request is whole."""
         self._ended = True
+        self._trailer = False
         endpoint = self._endpoint
         if endpoint is not None:
             self._endpoint = None
@@ -416,7 +437,7 @@ class HttpProtocol(HttpToolsProtocol):
     # --- the fast lane ---
 
     def _answer_fast(self, endpoint: Endpoint) -> None:
-        body, self._body = self._body, b""
+        body, self._body = bytes(self._body), b""
         address = self._peer() if self._forwarded else self._host
         request = Request("POST", endpoint.path, {}, b"", self.headers, body, address)
         answer = endpoint(request)

@@ -257,6 +257,22 @@ async def test_a_chunked_body_without_end_is_cut_off(server: Hosted) -> None:
         assert told == b"" or b" 413 " in told
 
 
+async def test_a_trailer_without_end_is_a_431(sockets: Hosted) -> None:
+    async with sockets.connected() as client:
+        await client.send(sockets.request("POST", SEND, CHUNKED), b"0\r\nX-Trailer: ")
+
+        async def flood() -> None:
+            while True:
+                await client.send(b"x" * 8192)
+
+        task = asyncio.create_task(flood())
+        told = await client.rest()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        # The answer may be lost to the reset of what is still coming; the end is not.
+        assert told == b"" or b" 431 " in told
+
+
 async def test_expect_100_continue(server: Hosted) -> None:
     async with server.connected() as client:
         for _ in range(2):
