@@ -105,8 +105,8 @@ class ServerSettings(Section, frozen=True, kw_only=True):
     forwarded_allow_ips: Annotated[
         tuple[str, ...],
         says(
-            "Addresses or networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are "
-            'believed; ["*"] believes anybody.'
+            "Addresses or networks of proxies whose X-Forwarded-For is believed; "
+            '["*"] believes anybody.'
         ),
     ] = ("127.0.0.1", "::1")
     shutdown_grace_seconds: Annotated[

@@ -423,6 +423,10 @@ class Host:
             listener.close()
         door = server.door if isinstance(server, Server) else None
         state = server.server_state
+        # A browser that is still there keeps its streams, and its connections for the next request.
+        await self.notifyd.drain()
+        for connection in list(state.connections):
+            connection.shutdown()
         await until(lambda: not (state.connections or state.tasks), "the end of all requests")
         if door is not None:
             await until(lambda: not door.detached, "the end of all connections")

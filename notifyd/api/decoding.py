@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 import msgspec
@@ -123,6 +124,7 @@ def _nearest(name: str, known: list[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name[:64], known, n=1, cutoff=0.0)), None)
 
 
+@lru_cache(maxsize=256)
 def _fields(type: type, path: str) -> list[str]:
     """The fields of the struct at `path` inside `type`; none where there is no one struct."""
     found: inspect.Type = inspect.type_info(type)

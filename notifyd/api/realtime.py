@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, ClassVar
+from urllib.parse import unquote_to_bytes
 
 from sse_starlette.sse import EventSourceResponse
 from starlette.requests import HTTPConnection
@@ -60,6 +61,11 @@ class AsgiSink:
         if self._closed is None:
             self._closed = (code, reason)
             self._wake.set()
+
+    def release(self) -> None:
+        """The connection is gone."""
+        connection, self.connection = self.connection, None
+        connection.outbox.let_connection_go()
 
     async def batch(self) -> bytes | tuple[int, str]:
         """The next bytes to send, or at the end the close code and reason."""
@@ -160,6 +166,7 @@ class Realtime:
                 await asyncio.wait({writer}, timeout=CLOSE_SECONDS)
         finally:
             self._lifecycle.lost(connection)
+            sink.release()
             for task in (writer, reader):
                 task.cancel()
             for ended in await asyncio.gather(writer, reader, return_exceptions=True):
@@ -177,7 +184,11 @@ class Realtime:
         if handshake is not None:
             code = by_close_code(error, handshake, self._lifecycle.admission)
         if handshake is None or code is None:
-            await websocket.send_denial_response(self._refusal(request, error))
+            if "websocket.http.response" in websocket.scope.get("extensions", {}):
+                await websocket.send_denial_response(self._refusal(request, error))
+            else:
+                # All that such a server can answer is its own 403.
+                await websocket.close()
             return
         await websocket.accept(subprotocol=handshake.chosen_subprotocol)
         await websocket.send_text(wire.error_message(error).json.decode())
@@ -238,6 +249,7 @@ class Realtime:
             await self._stream_response(request, sink)(scope, receive, send)
         finally:
             self._lifecycle.lost(connection, "client")
+            sink.release()
 
     def _stream_response(self, request: Request, sink: AsgiSink) -> EventSourceResponse:
         # Our own heartbeats are in the stream; a second kind of ping would only cost.
@@ -263,6 +275,11 @@ class AsgiEndpoint:
         await self._application(scope, receive, send)
 
 
+def _is_token(parameter: bytes) -> bool:
+    # Percent-encoded, a name is the same name (RFC 3986, section 6.2.2.2).
+    return unquote_to_bytes(parameter.partition(b"=")[0]) == b"token"
+
+
 class TokenOutOfQuery:
     """Takes the token out of the query string before anything can log it.
 
@@ -275,8 +292,10 @@ class TokenOutOfQuery:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a connection on, without its token."""
         query = scope.get("query_string", b"")
-        if b"token=" in query:
-            scope.setdefault("state", {})[TOKEN_STATE] = query
-            parts = [part for part in query.split(b"&") if not part.startswith(b"token=")]
-            scope["query_string"] = b"&".join(parts)
+        if query:
+            parts = query.split(b"&")
+            kept = [part for part in parts if not _is_token(part)]
+            if len(kept) < len(parts):
+                scope.setdefault("state", {})[TOKEN_STATE] = query
+                scope["query_string"] = b"&".join(kept)
         await self._app(scope, receive, send)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from asyncio import AbstractEventLoop, Future
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from notifyd.connections.connection import Connection
@@ -54,16 +54,48 @@ class Bounds:
 
 
 class Recipients:
-    """Connections that get the same, counted by transport. It stands for this very set: where the
-    same name later reaches others, there is another one.
+    """Connections that get the same, their outboxes by transport. It stands for this very set:
+    where the same name later reaches others, there is another one.
     """
 
-    __slots__ = ("connections", "streams", "websockets")
+    __slots__ = ("_streams", "_websockets", "connections")
 
     def __init__(self, connections: Iterable[Connection]) -> None:
         self.connections = tuple(connections)
-        self.streams = sum(connection.transport == "sse" for connection in self.connections)
-        self.websockets = len(self.connections) - self.streams
+        self._websockets = self._outboxes("websocket")
+        self._streams = self._outboxes("sse")
+
+    def _outboxes(self, transport: str) -> tuple[Outbox, ...]:
+        return tuple(each.outbox for each in self.connections if each.transport == transport)
+
+    @property
+    def websockets(self) -> int:
+        """How many of them are WebSockets."""
+        return len(self._websockets)
+
+    @property
+    def streams(self) -> int:
+        """How many of them are SSE streams."""
+        return len(self._streams)
+
+    def fan_outs(self, messages: Sequence[Message]) -> Iterator[FanOut]:
+        """The messages, joined, for each transport that is among them."""
+        if self._websockets:
+            data = b"".join([message.websocket for message in messages])
+            yield FanOut(iter(self._websockets), data, len(messages))
+        if self._streams:
+            data = b"".join([message.sse for message in messages])
+            yield FanOut(iter(self._streams), data, len(messages))
+
+
+class FanOut(NamedTuple):
+    """The same bytes for many outboxes, `messages` messages of them; who had them is no more in
+    `outboxes`.
+    """
+
+    outboxes: Iterator[Outbox]
+    data: bytes
+    messages: int
 
 
 class Flusher:
@@ -81,6 +113,7 @@ class Flusher:
         self._gathered_for: Recipients | None = None
         self._gathered: list[Message] = []
         self._gathered_bytes = 0
+        self._fan_outs: deque[FanOut] = deque()
 
     def start(self, loop: AbstractEventLoop) -> None:
         """Flush in this loop's turns."""
@@ -99,47 +132,44 @@ class Flusher:
             self.spread()
             self._gathered_for = recipients
         self._gathered.append(message)
-        self._gathered_bytes += len(message.body)
+        self._gathered_bytes += len(message.json)
         if self._gathered_bytes > WRITE_BYTES:
             self.spread()
         self._schedule_run()
 
     def spread(self) -> None:
-        """Put what was gathered. Called before anything else is put, so that order holds."""
+        """Put what was gathered and is not written yet. Called before anything else is put, so that
+        order holds.
+        """
+        if self._gathered_for is not None:
+            self._join_gathered()
+        while self._fan_outs:
+            outboxes, data, messages = self._fan_outs.popleft()
+            for outbox in outboxes:
+                self._put(outbox, data, messages)
+            if self.waiting_bytes > self.bounds.total_bytes:
+                self.relieve()
+            self._schedule_run()
+
+    def _join_gathered(self) -> None:
         recipients, messages = self._gathered_for, self._gathered
-        if recipients is None:
-            return
         self._gathered_for, self._gathered, self._gathered_bytes = None, [], 0
-        websocket = sse = b""
-        if recipients.websockets:
-            websocket = b"".join([message.websocket for message in messages])
-        if recipients.streams:
-            sse = b"".join([message.sse for message in messages])
-        count = len(messages)
-        dirty = self._dirty
-        max_bytes, max_messages = self.bounds.max_bytes, self.bounds.max_messages
-        total = 0
-        for connection in recipients.connections:
-            outbox = connection.outbox
-            if outbox.closed:
-                continue
-            data = websocket if connection.transport == "websocket" else sse
-            outbox._frames.append(data)
-            length = len(data)
-            total += length
-            size = outbox.size = outbox.size + length
-            waiting = outbox.messages = outbox.messages + count
-            if not outbox._scheduled:
-                outbox._scheduled = True
-                dirty.append(outbox)
-            if size > max_bytes or waiting > max_messages:
-                self.waiting_bytes += total
-                total = 0
-                outbox.is_slow()
-        self.waiting_bytes += total
-        if self.waiting_bytes > self.bounds.total_bytes:
-            self.relieve()
-        self._schedule_run()
+        if recipients is not None:
+            self._fan_outs.extend(recipients.fan_outs(messages))
+
+    def _put(self, outbox: Outbox, data: bytes, messages: int) -> None:
+        if outbox.closed:
+            return
+        outbox._frames.append(data)
+        length = len(data)
+        self.waiting_bytes += length
+        size = outbox.size = outbox.size + length
+        waiting = outbox.messages = outbox.messages + messages
+        if not outbox._scheduled:
+            outbox._scheduled = True
+            self._dirty.append(outbox)
+        if size > self.bounds.max_bytes or waiting > self.bounds.max_messages:
+            outbox.is_slow()
 
     def _schedule_run(self) -> None:
         if not self._scheduled:
@@ -152,12 +182,28 @@ class Flusher:
         deadline = time() + SLICE_SECONDS
         countdown = CHECK_EVERY
         try:
-            self.spread()
+            self._join_gathered()
+            while self._fan_outs:
+                outboxes, data, messages = self._fan_outs[0]
+                for outbox in outboxes:
+                    if outbox._unhindered and not outbox.size:
+                        # By far the most common case: nothing waits, so nothing is put.
+                        outbox._write(data)
+                    else:
+                        self._put(outbox, data, messages)
+                    countdown -= 1
+                    if not countdown:
+                        if time() >= deadline:
+                            return
+                        countdown = CHECK_EVERY
+                if self._fan_outs and self._fan_outs[0].outboxes is outboxes:
+                    self._fan_outs.popleft()
+            if self.waiting_bytes > self.bounds.total_bytes:
+                self.relieve()
             while dirty:
                 outbox = dirty.popleft()
                 frames = outbox._frames
                 if len(frames) == 1 and outbox._unhindered:
-                    # By far the most common case, without a call.
                     outbox._scheduled = False
                     data = frames[0]
                     frames.clear()
@@ -173,7 +219,7 @@ class Flusher:
                     countdown = CHECK_EVERY
         finally:
             # Also where one sink failed: the others must not wait for ever.
-            if dirty:
+            if dirty or self._fan_outs:
                 self.loop.call_soon(self._run)
             else:
                 self._scheduled = False
@@ -370,6 +416,14 @@ class Outbox:
         self.size = self.messages = 0
         self._flusher.resumed(self)
         self._tell_drained()
+
+    def let_connection_go(self) -> None:
+        """Its transport is gone: a connection and its outbox keep each other alive no longer.
+
+        With as few collections as a server of many connections can have, what refers to itself
+        would stay for hours.
+        """
+        del self.connection
 
     async def drained(self) -> None:
         """Wait until what may be written has been, or the connection is closed. One waiter at a

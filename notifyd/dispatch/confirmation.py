@@ -72,6 +72,21 @@ class Confirmations:
     def hold(self, notification: Notification, connections: Sequence[Connection]) -> None:
         """These connections of one user just took it."""
         id = notification.id
+        if len(connections) == 1:
+            # Most users have one device: no lists, no loops.
+            (connection,) = connections
+            unconfirmed = connection.unconfirmed
+            if unconfirmed is None:
+                unconfirmed = connection.unconfirmed = {}
+            elif id in unconfirmed:
+                return
+            held = unconfirmed[id] = Held(notification, [connection], self._clock())
+            self._oldest_first.append(held)
+            self.held += 1
+            if self.held > self._max_pending:
+                self._move_oldest_to_log()
+            self._ask_soon(connection)
+            return
         takers = [
             connection
             for connection in connections
@@ -124,13 +139,19 @@ class Confirmations:
         self._ask_soon(connection)
 
     def held_by_others(self, connection: Connection) -> list[Held]:
-        """What the user's other connections hold that is not in his log, in order of delivery."""
+        """What the user's other connections hold that is not in his log, in order of delivery.
+
+        Without what was for those connected then, and what is over its ttl.
+        """
         identity = connection.identity
+        now = self._clock()
         found: dict[str, Held] = {}
         for other in self._registry.tenant(identity.tenant).of_user(identity.user_id):
             if other is not connection and other.unconfirmed is not None:
                 for id, held in other.unconfirmed.items():
-                    if not held.stored:
+                    expires_at = held.notification.expires_at
+                    late = expires_at is not None and expires_at <= now
+                    if not held.stored and held.notification.storable and not late:
                         found.setdefault(id, held)
         return sorted(found.values(), key=lambda held: held.since)
 
@@ -148,13 +169,17 @@ class Confirmations:
     def _let_go(self, held: Held) -> None:
         """No connection holds it any more."""
         held.settled = True
+        id = held.notification.id
         for connection in held.connections:
-            connection.forget(held.notification.id)
+            unconfirmed = connection.unconfirmed
+            if unconfirmed is not None and id in unconfirmed:
+                del unconfirmed[id]
+                if not unconfirmed:
+                    connection.unconfirmed = None
         held.connections.clear()
         if not held.stored:
             self.held -= 1
-            if len(self._oldest_first) > 2 * self.held + KEPT_SETTLED:
-                self._oldest_first = deque(each for each in self._oldest_first if not each.settled)
+            self._forget_settled()
 
     def release(self, connection: Connection) -> None:
         """A connection ended: what only it held goes back to the user's log, in order.
@@ -182,7 +207,8 @@ class Confirmations:
         """The user's own acks. Answered after the store settled them; a second ack is acked
         again.
         """
-        held = {id: self._settle_here(tenant, user_id, id) for id in ids}
+        connections = self._registry.tenant(tenant).of_user(user_id)
+        held = {id: self._settle_here(connections, id) for id in ids}
         in_log = [id for id, found in held.items() if found is None or found.in_log]
         settled: Eventually[frozenset[str]] = frozenset()
         if self._logs is not None and in_log:
@@ -209,10 +235,10 @@ class Confirmations:
 
         return chain(then(settled, after_settling), answer)
 
-    def _settle_here(self, tenant: str, user_id: str, id: str) -> Held | None:
+    def _settle_here(self, connections: Sequence[Connection], id: str) -> Held | None:
         """Let every connection of the user go of it; what was held, or None."""
         found: Held | None = None
-        for connection in self._registry.tenant(tenant).of_user(user_id):
+        for connection in connections:
             unconfirmed = connection.unconfirmed
             held = unconfirmed.get(id) if unconfirmed else None
             if held is not None:
@@ -226,16 +252,45 @@ class Confirmations:
         identity = connection.identity
         confirmed: list[str] = []
         in_log: list[str] = []
-        for id in ids:
-            held = self._settle_here(identity.tenant, identity.user_id, id)
-            if held is not None:
-                confirmed.append(id)
-                if held.in_log:
-                    in_log.append(id)
+        connections = self._registry.tenant(identity.tenant).of_user(identity.user_id)
+        if connections == (connection,):
+            self._settle_alone(connection, ids, confirmed, in_log)
+        else:
+            for id in ids:
+                held = self._settle_here(connections, id)
+                if held is not None:
+                    confirmed.append(id)
+                    if held.in_log:
+                        in_log.append(id)
         if in_log:
             self._writes.settle(identity.tenant, identity.user_id, in_log)
         if confirmed and self._ledger is not None:
             self._writes.note(self._ledger.confirm, identity.tenant, identity.user_id, confirmed)
+
+    def _settle_alone(
+        self, connection: Connection, ids: Sequence[str], confirmed: list[str], in_log: list[str]
+    ) -> None:
+        """`_settle_here` for a user's only connection, of many ids at once."""
+        unconfirmed = connection.unconfirmed
+        if unconfirmed is None:
+            return
+        for id in ids:
+            held = unconfirmed.pop(id, None)
+            if held is not None:
+                held.settled = True
+                held.connections.clear()
+                confirmed.append(id)
+                if held.in_log:
+                    in_log.append(id)
+                if not held.stored:
+                    self.held -= 1
+        if not unconfirmed:
+            connection.unconfirmed = None
+        self._forget_settled()
+
+    def _forget_settled(self) -> None:
+        if len(self._oldest_first) > 2 * self.held + KEPT_SETTLED:
+            self._oldest_first = deque(each for each in self._oldest_first if not each.settled)
 
     # --- asking ---
 

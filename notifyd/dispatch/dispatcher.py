@@ -72,6 +72,8 @@ class Dispatcher:
         self._metrics = metrics
         self._delivered_websocket = metrics.deliveries_total.labels("websocket")
         self._delivered_sse = metrics.deliveries_total.labels("sse")
+        self._notifications = metrics.notifications_total.labels
+        self._observe_seconds = metrics.dispatch_seconds.observe
         self._refused = metrics.delivery_failures_total.labels("slow")
 
     def dispatch(
@@ -89,9 +91,9 @@ class Dispatcher:
         notification is over 64 KiB; cancelling the awaitable does not undo what was delivered.
         """
         started = perf_counter()
-        self._metrics.notifications_total.labels(target.type, source).inc()
+        self._notifications(target.type, source).inc()
         receipt = self._send(tenant, target, notification, exclude_connection)
-        self._metrics.dispatch_seconds.observe(perf_counter() - started)
+        self._observe_seconds(perf_counter() - started)
         return receipt
 
     def _send(
@@ -126,6 +128,8 @@ class Dispatcher:
         exclude: str | None,
     ) -> Receipt:
         found = resolve(tenant, target)
+        if not found.connections and target.type != "channels":
+            return Receipt(notification.id, Outcome.NOBODY)
         recipients = narrowed(found, notification.audience, exclude)
         connections = recipients.connections
         if connections:
@@ -207,14 +211,26 @@ class Dispatcher:
         exclude: str | None,
     ) -> tuple[Outcome, int]:
         """Offer to a user's connections and hold; NOBODY where none is left that could take it."""
-        found = tenant.users[user_id]
-        connections = admitted(found, notification.audience, exclude)
-        if not connections:
-            return Outcome.FILTERED, 0
+        connections: Sequence[Connection] = tenant.users[user_id]
+        if exclude is not None or notification.audience.type != "All":
+            connections = admitted(connections, notification.audience, exclude)
+            if not connections:
+                return Outcome.FILTERED, 0
+        if len(connections) == 1:
+            # Most users have one device: no lists, no loops.
+            (connection,) = connections
+            if not connection.offer(message):
+                self._refused.inc()
+                return Outcome.NOBODY, 0
+            if connection.transport == "websocket":
+                self._delivered_websocket.inc()
+            else:
+                self._delivered_sse.inc()
+            self._confirmations.hold(notification, connections)
+            return Outcome.DELIVERED, 1
         taken_by = [connection for connection in connections if connection.offer(message)]
-        if len(taken_by) > 1:
-            # One that took it may have been given up to make room for it in another.
-            taken_by = [each for each in taken_by if each.state is State.OPEN]
+        # One that took it may have been given up to make room for it in another.
+        taken_by = [each for each in taken_by if each.state is State.OPEN]
         streams = sum(connection.transport == "sse" for connection in taken_by)
         self._count(len(taken_by) - streams, streams, len(connections) - len(taken_by))
         if not taken_by:

@@ -16,6 +16,9 @@ def resolve(tenant: TenantConnections, target: Target) -> Recipients:
     """The local connections of a channel, several channels or a broadcast, each once."""
     if target.type == "broadcast":
         return tenant.recipients
+    if target.type == "channel":
+        channel = tenant.channels.get(target.names[0])
+        return NOBODY if channel is None else channel.recipients
     found = [tenant.channels[name] for name in target.names if name in tenant.channels]
     if not found:
         return NOBODY

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
+
+import msgspec
 
 from notifyd.notification import Notification
 from notifyd.queue.base import (
@@ -199,20 +201,36 @@ class MemoryUserLogs:
         return self._depth
 
 
-class _Record:
-    """What the ledger knows of one notification.
+class _Recipient(msgspec.Struct, gc=False):
+    """Who is expected to confirm, and whether he has. `recorded_at` is when the ledger first heard
+    of the notification, `sent_at` when it was sent to him last (Unix seconds).
 
-    `recipients` maps a user to when he was sent it (Unix seconds; he is pending), or to what became
-    of it. `anyone` marks a notification that expects nobody in particular.
+    Most notifications have one recipient, who is then all that the ledger keeps of them.
     """
 
-    __slots__ = ("acks", "anyone", "recipients", "sent_at")
+    user_id: str
+    recorded_at: float
+    sent_at: float
+    state: Literal["queued", "pending", "confirmed", "expired"]
+    confirmed_at: float | None = None
+    by: Literal["ack", "transport"] | None = None
 
-    def __init__(self, sent_at: float, *, anyone: bool) -> None:
-        self.sent_at = sent_at
-        self.recipients: dict[str, float | Confirmation] = {}
-        self.anyone = anyone
-        self.acks = 0
+
+class _Recipients(msgspec.Struct, gc=False):
+    """A notification with several recipients, by user id."""
+
+    recorded_at: float
+    by_user: dict[str, _Recipient]
+
+
+class _Anyone(msgspec.Struct, gc=False):
+    """A notification that expects nobody in particular."""
+
+    recorded_at: float
+    acks: int = 0
+
+
+_Record = _Recipient | _Recipients | _Anyone
 
 
 class MemoryAckLedger:
@@ -238,7 +256,7 @@ class MemoryAckLedger:
         self._on_expired = on_expired
         self._records: dict[tuple[str, str], _Record] = {}
         self._order: deque[tuple[str, str]] = deque()
-        self._sent: deque[tuple[float, tuple[str, str], Sequence[str]]] = deque()
+        self._sent: deque[tuple[float, tuple[str, str]]] = deque()
         self._size = 0
         self._pending = 0
         self._acknowledged = 0
@@ -246,51 +264,70 @@ class MemoryAckLedger:
         self._total_seconds = 0.0
         self._recent_seconds: deque[float] = deque(maxlen=ACK_TIME_SAMPLES)
 
-    def _record(
-        self, tenant: str, notification_id: str, now: float, *, anyone: bool = False
-    ) -> _Record:
-        key = (tenant, notification_id)
-        record = self._records.get(key)
-        if record is None:
-            record = self._records[key] = _Record(now, anyone=anyone)
-            self._order.append(key)
-            self._size += 1
-        return record
-
     def expect(
         self, tenant: str, notification_id: str, recipients: Sequence[str], *, queued: bool = False
     ) -> None:
         """See `AckLedger.expect`."""
         now = self._clock()
-        record = self._record(tenant, notification_id, now)
-        known = record.recipients
-        before = len(known)
-        if queued:
-            for user_id in recipients:
-                if not isinstance(known.get(user_id), Confirmation):
-                    self._pending -= user_id in known
-                    known[user_id] = Confirmation(user_id, "queued")
-        else:
-            sent = [
-                user_id
-                for user_id in recipients
-                if not (
-                    isinstance(state := known.get(user_id), Confirmation)
-                    and state.state == "confirmed"
-                )
-            ]
-            self._pending += len(sent) - sum(
-                isinstance(known.get(user_id), float) for user_id in sent
-            )
-            known.update(dict.fromkeys(sent, now))
-            self._sent.append((now, (tenant, notification_id), sent))
-        self._size += len(known) - before
-        if self._size > self._max_pending:
-            self._let_go_of_the_oldest()
+        key = (tenant, notification_id)
+        record = self._records.get(key)
+        if record is None:
+            state: Literal["queued", "pending"] = "queued" if queued else "pending"
+            if len(recipients) == 1:
+                count = 1
+                record = _Recipient(recipients[0], now, now, state)
+            else:
+                by_user = {user: _Recipient(user, now, now, state) for user in recipients}
+                count = len(by_user)
+                record = _Recipients(now, by_user)
+            self._keep(key, record, 1 + count)
+            if not queued:
+                self._pending += count
+        elif not isinstance(record, _Anyone):
+            self._expect_more(key, record, recipients, now, queued=queued)
+        if not queued:
+            self._sent.append((now, key))
 
     def expect_anyone(self, tenant: str, notification_id: str) -> None:
         """See `AckLedger.expect_anyone`."""
-        self._record(tenant, notification_id, self._clock(), anyone=True)
+        key = (tenant, notification_id)
+        if key not in self._records:
+            self._keep(key, _Anyone(self._clock()), 1)
+
+    def _keep(self, key: tuple[str, str], record: _Record, size: int) -> None:
+        self._records[key] = record
+        self._order.append(key)
+        self._size += size
+        if self._size > self._max_pending:
+            self._let_go_of_the_oldest()
+
+    def _expect_more(
+        self,
+        key: tuple[str, str],
+        record: _Recipient | _Recipients,
+        recipients: Sequence[str],
+        now: float,
+        *,
+        queued: bool,
+    ) -> None:
+        """A notification that is known already: sent again, or to somebody else."""
+        if isinstance(record, _Recipient):
+            record = _Recipients(record.recorded_at, {record.user_id: record})
+            self._records[key] = record
+        for user_id in recipients:
+            recipient = record.by_user.get(user_id)
+            if recipient is None:
+                recipient = _Recipient(user_id, record.recorded_at, now, "queued")
+                record.by_user[user_id] = recipient
+                self._size += 1
+            if queued:
+                if recipient.state == "pending":
+                    recipient.state = "queued"
+                    self._pending -= 1
+            elif recipient.state != "confirmed":
+                self._pending += recipient.state != "pending"
+                recipient.state = "pending"
+                recipient.sent_at = now
         if self._size > self._max_pending:
             self._let_go_of_the_oldest()
 
@@ -300,40 +337,42 @@ class MemoryAckLedger:
         known = set()
         for notification_id in ids:
             record = self._records.get((tenant, notification_id))
-            if record is None:
-                continue
-            if record.anyone:
+            if isinstance(record, _Anyone):
                 record.acks += 1
-                self._count(now - record.sent_at)
-            elif not self._confirm(record, user_id, now, "ack"):
-                continue
+                self._count(now - record.recorded_at)
+            else:
+                recipient = _recipient(record, user_id)
+                if recipient is None:
+                    continue
+                self._confirm(recipient, now, "ack")
             known.add(notification_id)
         return frozenset(known)
 
     def confirm(self, tenant: str, user_id: str, ids: Sequence[str]) -> None:
         """See `AckLedger.confirm`."""
         now = self._clock()
+        records = self._records
         for notification_id in ids:
-            record = self._records.get((tenant, notification_id))
-            if record is not None:
-                self._confirm(record, user_id, now, "transport")
+            recipient = _recipient(records.get((tenant, notification_id)), user_id)
+            if recipient is not None:
+                self._confirm(recipient, now, "transport")
 
-    def _confirm(
-        self, record: _Record, user_id: str, now: float, by: Literal["ack", "transport"]
-    ) -> bool:
-        """Whether this user was expected; what he confirmed before counts once."""
-        state = record.recipients.get(user_id)
-        if state is None:
-            return False
-        if isinstance(state, Confirmation):
-            if state.state == "confirmed" and (state.by == "ack" or by == "transport"):
-                return True
-        else:
+    def _confirm(self, recipient: _Recipient, now: float, by: Literal["ack", "transport"]) -> None:
+        """What he confirmed before counts once."""
+        if recipient.state == "confirmed":
+            if recipient.by == "ack" or by == "transport":
+                return
+            waited = now - recipient.recorded_at
+        elif recipient.state == "pending":
             self._pending -= 1
-        record.recipients[user_id] = Confirmation(user_id, "confirmed", now, by)
+            waited = now - recipient.sent_at
+        else:
+            waited = now - recipient.recorded_at
+        recipient.state = "confirmed"
+        recipient.confirmed_at = now
+        recipient.by = by
         if by == "ack":
-            self._count(now - (state if isinstance(state, float) else record.sent_at))
-        return True
+            self._count(waited)
 
     def _count(self, seconds: float) -> None:
         self._acknowledged += 1
@@ -347,10 +386,11 @@ class MemoryAckLedger:
         if record is None:
             return None
         recipients = [
-            state if isinstance(state, Confirmation) else Confirmation(user_id, "pending")
-            for user_id, state in record.recipients.items()
+            Confirmation(each.user_id, each.state, each.confirmed_at, each.by)
+            for each in _all_of(record)
         ]
-        return AckReport(notification_id, record.sent_at, recipients, record.acks)
+        acks = record.acks if isinstance(record, _Anyone) else 0
+        return AckReport(notification_id, record.recorded_at, recipients, acks)
 
     async def expire(self) -> int:
         """See `AckLedger.expire`. Yields to the event loop on the way; cancelled, it has done a
@@ -359,21 +399,23 @@ class MemoryAckLedger:
         now = self._clock()
         total = 0
         while self._sent and self._sent[0][0] + self._timeout_seconds <= now:
-            sent_at, key, recipients = self._sent.popleft()
+            sent_at, key = self._sent.popleft()
             record = self._records.get(key)
             if record is None:
                 continue
-            late = [user_id for user_id in recipients if record.recipients.get(user_id) == sent_at]
-            for user_id in late:
-                record.recipients[user_id] = Confirmation(user_id, "expired")
-            self._pending -= len(late)
-            self._count_expired(len(late))
-            total += len(late)
+            late = 0
+            for recipient in _all_of(record):
+                if recipient.state == "pending" and recipient.sent_at == sent_at:
+                    recipient.state = "expired"
+                    late += 1
+            self._pending -= late
+            self._count_expired(late)
+            total += late
             if len(self._sent) % RECORDS_PER_TURN == 0:
                 await asyncio.sleep(0)
         while self._order:
             record = self._records[self._order[0]]
-            if record.sent_at + LEDGER_RETENTION_SECONDS > now:
+            if record.recorded_at + LEDGER_RETENTION_SECONDS > now:
                 break
             self._let_go(self._order.popleft())
             if len(self._order) % RECORDS_PER_TURN == 0:
@@ -384,15 +426,22 @@ class MemoryAckLedger:
         while self._size > self._max_pending and self._order:
             self._let_go(self._order.popleft())
         # Entries of notifications that are gone; without this they would outlive the bound.
-        while self._sent and self._sent[0][1] not in self._records:
-            self._sent.popleft()
+        sent, records = self._sent, self._records
+        while sent and sent[0][1] not in records:
+            sent.popleft()
 
     def _let_go(self, key: tuple[str, str]) -> None:
         record = self._records.pop(key)
-        self._size -= 1 + len(record.recipients)
-        never_confirmed = sum(isinstance(state, float) for state in record.recipients.values())
-        self._pending -= never_confirmed
-        self._count_expired(never_confirmed)
+        if isinstance(record, _Recipient):
+            self._size -= 2
+            never_confirmed = int(record.state == "pending")
+        else:
+            everybody = _all_of(record)
+            self._size -= 1 + len(everybody)
+            never_confirmed = sum(each.state == "pending" for each in everybody)
+        if never_confirmed:
+            self._pending -= never_confirmed
+            self._count_expired(never_confirmed)
 
     def _count_expired(self, count: int) -> None:
         if count:
@@ -411,3 +460,15 @@ class MemoryAckLedger:
             else None,
             p95_ms=recent[int(len(recent) * 0.95)] * 1000 if recent else None,
         )
+
+
+def _recipient(record: _Record | None, user_id: str) -> _Recipient | None:
+    if isinstance(record, _Recipient):
+        return record if record.user_id == user_id else None
+    return record.by_user.get(user_id) if isinstance(record, _Recipients) else None
+
+
+def _all_of(record: _Record) -> Collection[_Recipient]:
+    if isinstance(record, _Recipient):
+        return (record,)
+    return record.by_user.values() if isinstance(record, _Recipients) else ()

@@ -14,6 +14,9 @@ from typing import Protocol, cast
 
 import structlog
 
+MANY_LEFT = 2000
+"""So many sockets fewer, and at most half of what there were: the system gets their memory back."""
+
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 5\r\n"
     b"connection: close\r\ncontent-length: 82\r\n\r\n"
@@ -55,12 +58,19 @@ class Door:
     """Counts sockets, and sweeps those that wait."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, *, max_sockets: int, timeouts: Timeouts
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        max_sockets: int,
+        timeouts: Timeouts,
+        on_many_left: Callable[[], None],
     ) -> None:
         self.loop = loop
         self.max_sockets = max_sockets
         self.timeouts = timeouts
         self.sockets = 0
+        self._most = 0
+        self._on_many_left = on_many_left
         self.detached = 0
         self._emptied: Future[None] | None = None
         self.waiting: dict[Waiting, None] = {}
@@ -81,6 +91,7 @@ class Door:
     def enter(self) -> bool:
         """One more socket; False where there are too many."""
         self.sockets += 1
+        self._most = max(self._most, self.sockets)
         if self.sockets <= self.max_sockets:
             self._full = False
             return True
@@ -117,6 +128,9 @@ class Door:
         now = self.loop.time()
         for each in [each for each in self.waiting if each.deadline <= now]:
             each.timed_out()
+        if self._most - self.sockets >= MANY_LEFT and self.sockets * 2 <= self._most:
+            self._most = self.sockets
+            self._on_many_left()
 
     def close_silent(self) -> None:
         """The server stops: sockets that never spoke need no answer."""

@@ -159,9 +159,13 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_began = False
         self._ended = False
         self._upgrade_ignored = False
+        self._refused = False
         self._endpoint: Endpoint | None = None
-        self._length = 0
-        self._body = b""
+        self._body: bytes | bytearray = b""
+        self._trailer = False
+        self._trailer_bytes = 0
+        self._forwarded = False
+        self._host = ""
         self._stream = False
         self._early: bytearray | None = None
         self._refusal: NotifydError | None = None
@@ -179,6 +183,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.flow = FlowControl(self.transport)
         self.server = _address(transport, "sockname")
         self.client = _address(transport, "peername")
+        self._host = self.client[0] if self.client else ""
         self.scheme = "https" if transport.get_extra_info("sslcontext") else "http"
         self.deadline = self.loop.time() + self._timeouts.head
         self._door.waiting[self] = None
@@ -188,18 +193,24 @@ class HttpProtocol(HttpToolsProtocol):
         self._door.waiting.pop(self, None)
         self._door.leave()
         super().connection_lost(exc)
+        # Requests that were waiting for their turn refer to this protocol, as it does to them.
+        self.pipeline.clear()
+        self.cycle = None  # type: ignore[assignment]  # as it is before the first request
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser; count what belongs to a head, which uvicorn would let grow without
         end.
         """
         if self._early is not None:
+            if self._refused:
+                return
             # A client speaks before its handshake is answered: kept for its WebSocket.
             self._early += data
             if len(self._early) > MAX_EARLY_BYTES:
                 self.transport.close()
             return
         self._head_began = self._ended = False
+        in_trailer = self._trailer
         try:
             try:
                 self.parser.feed_data(data)
@@ -218,6 +229,12 @@ class HttpProtocol(HttpToolsProtocol):
                 refusal = self._refusal or BadRequest("This is not a valid HTTP request.")
                 self._refuse_and_close(refusal)
             return
+        if in_trailer and self._trailer:
+            # Behind the last chunk the parser gathers a header until it ends, and no limit of a
+            # body looks there (RFC 9112, section 7.1.2).
+            self._trailer_bytes += len(data)
+            if self._trailer_bytes > MAX_HEAD_BYTES:
+                self._refuse_and_close(_head_too_large())
         if self._in_head and not (self._head_began and self._ended):
             # The head of one request spans this whole chunk.
             self._head_bytes = len(data) + (0 if self._head_began else self._head_bytes)
@@ -227,7 +244,9 @@ class HttpProtocol(HttpToolsProtocol):
     def timed_out(self) -> None:
         """The deadline for a head or a body passed; an idle connection is just closed."""
         self.deadline = _NEVER
-        if self._in_head or self._endpoint is not None or self._body_is_due():
+        if self._refused:
+            self.transport.close()
+        elif self._in_head or self._endpoint is not None or self._body_is_due():
             what = "head" if self._in_head else "body"
             self._refuse_and_close(RequestTimeout(f"The request's {what} did not arrive in time."))
         else:
@@ -235,6 +254,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """The server stops: finish what is being answered, take nothing new."""
+        if self._refused:
+            self.transport.close()
+            return
         if self._endpoint is not None and not self.transport.is_closing():
             self._refuse_and_close(RequestTimeout("The server is shutting down."))
             return
@@ -244,7 +266,13 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
-        super().on_message_begin()
+        if self._stream:
+            raise BadRequest("Nothing can be asked behind a stream.")
+        # uvicorn would make the ASGI scope here, which only its own lane needs.
+        self.scope = None  # type: ignore[assignment]  # until `_make_scope`
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         self._in_head = True
         self._head_began = True
         self._head_bytes = 0
@@ -252,23 +280,32 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         """A piece of the request's target."""
-        self._count_head(len(url))
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """One header."""
-        self._count_head(len(name) + len(value) + 4)
-        if len(self.headers) >= MAX_HEADERS:
+        if self._head_began:
+            self._head_bytes += len(url)
+        if self._head_bytes > MAX_HEAD_BYTES:
             self._refusal = _head_too_large()
             raise self._refusal
-        super().on_header(name, value)
+        self.url += url
 
-    def _count_head(self, size: int) -> None:
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header. As uvicorn does it, in one call."""
+        headers = self.headers
         if self._head_began:
-            self._head_bytes += size
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._refusal = _head_too_large()
-                raise self._refusal
+            self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > MAX_HEAD_BYTES or len(headers) >= MAX_HEADERS:
+            self._refusal = _head_too_large()
+            raise self._refusal
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        headers.append((name, value))
+
+    def _make_scope(self) -> None:
+        """The scope for ASGI, of the head that is read already."""
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects
+        self.headers += headers
 
     def on_headers_complete(self) -> None:
         """Choose the lane."""
@@ -290,6 +327,7 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._check_length()
         self.deadline = self.loop.time() + self._timeouts.body
+        self._make_scope()
         super().on_headers_complete()
 
     def _check_length(self) -> None:
@@ -316,14 +354,15 @@ class HttpProtocol(HttpToolsProtocol):
         if self._busy():
             return False
         length = -1
+        self._forwarded = False
         for name, value in self.headers:
-            if name == b"content-length":
-                if length >= 0 or not value.isdigit():
+            if name in _LOOKED_AT:
+                if name == b"x-forwarded-for":
+                    self._forwarded = True
+                elif name != b"content-length" or length >= 0 or not value.isdigit():
                     return False
-                length = int(value)
-            elif name in (b"transfer-encoding", b"expect"):
-                return False
-        self._length = length
+                else:
+                    length = int(value)
         return 0 <= length <= endpoint.max_body
 
     def _busy(self) -> bool:
@@ -348,14 +387,26 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """A piece of a body."""
-        if self._endpoint is not None:
-            self._body = self._body + body if self._body else body
-        else:
+        self._trailer = False
+        if self._endpoint is None:
             super().on_body(body)
+        elif not self._body:
+            self._body = body
+        else:
+            # Many small pieces must not copy all that came before them.
+            if not isinstance(self._body, bytearray):
+                self._body = bytearray(self._body)
+            self._body += body
+
+    def on_chunk_header(self) -> None:
+        """A chunk is announced: what comes next is its body, or a trailer where it is the last."""
+        self._trailer = True
+        self._trailer_bytes = 0
 
     def on_message_complete(self) -> None:
         """A request is whole."""
         self._ended = True
+        self._trailer = False
         endpoint = self._endpoint
         if endpoint is not None:
             self._endpoint = None
@@ -386,8 +437,9 @@ class HttpProtocol(HttpToolsProtocol):
     # --- the fast lane ---
 
     def _answer_fast(self, endpoint: Endpoint) -> None:
-        body, self._body = self._body, b""
-        request = Request("POST", endpoint.path, {}, b"", self.headers, body, self._peer())
+        body, self._body = bytes(self._body), b""
+        address = self._peer() if self._forwarded else self._host
+        request = Request("POST", endpoint.path, {}, b"", self.headers, body, address)
         answer = endpoint(request)
         if is_awaitable(answer):
             cycle = FastCycle(response_complete=False)
@@ -431,8 +483,7 @@ class HttpProtocol(HttpToolsProtocol):
         )
 
     def _peer(self) -> str:
-        host = self.client[0] if self.client else ""
-        return self._services.proxies.client_address(host, self.headers)
+        return self._services.proxies.client_address(self._host, self.headers)
 
     # --- refusing ---
 
@@ -462,11 +513,20 @@ class HttpProtocol(HttpToolsProtocol):
             # It is this cycle's own request that goes wrong.
             cycle.disconnected = True
             cycle.message_event.set()
-            self.transport.write(self._render(self._refusal_answer(error, route), close=True))
-        elif cycle is None or cycle.response_complete:
-            self.transport.write(self._render(self._refusal_answer(error, route), close=True))
-        # Behind a request that is still being answered, an answer now would be taken for its own.
-        self.transport.close()
+        elif cycle is not None and not cycle.response_complete:
+            # An answer now would be taken for that of the request before it.
+            self.transport.close()
+            return
+        self.transport.write(self._render(self._refusal_answer(error, route), close=True))
+        if self not in self._door.waiting or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        # Its client may be sending still: closing with bytes unread would reset the connection, and
+        # the answer be lost with it (RFC 9112, section 9.6).
+        self.transport.write_eof()
+        self._refused = True
+        self._early = bytearray()
+        self.deadline = self.loop.time() + self._timeouts.close
 
     def _body_is_due(self) -> bool:
         """Whether ASGI has a request whose body is not yet whole, and has answered nothing."""
@@ -479,6 +539,10 @@ class HttpProtocol(HttpToolsProtocol):
         )
 
     # --- leaving for a protocol of its own ---
+
+    def _forget_parser(self) -> None:
+        """It and this protocol refer to each other, and would outlive what they were for."""
+        self.parser = None  # type: ignore[assignment]  # as uvicorn does at the end
 
     def _leave(self) -> None:
         """uvicorn and the sweep forget this protocol; the socket stays, and stays counted."""
@@ -625,6 +689,7 @@ class HttpProtocol(HttpToolsProtocol):
         )
         early = bytes(self._early or b"")
         self._door.detach()
+        self._forget_parser()
         self.transport.set_protocol(websocket)
         return websocket, early
 
@@ -679,6 +744,7 @@ class HttpProtocol(HttpToolsProtocol):
             on_gone=self._door.leave_detached,
         )
         self._door.detach()
+        self._forget_parser()
         self.transport.set_protocol(stream)
         connection = lifecycle.connect(handshake, identity, stream, opening=self._stream_head())
         stream.begin(connection)
@@ -692,6 +758,10 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.write(self._stream_head() + events)
         self.transport.close()
 
+
+_LOOKED_AT: Final = frozenset(
+    {b"content-length", b"transfer-encoding", b"expect", b"x-forwarded-for"}
+)
 
 _ANSWERED: Final = FastCycle(response_complete=True)
 

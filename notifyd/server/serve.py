@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import signal
 import socket
@@ -93,6 +94,7 @@ class Server(uvicorn.Server):
                 asyncio.get_running_loop(),
                 max_sockets=self._max_sockets,
                 timeouts=self._serving.services.timeouts,
+                on_many_left=_give_memory_back,
             )
             door.start()
         make_guest = partial(
@@ -147,6 +149,15 @@ class Server(uvicorn.Server):
         self.should_exit = True
         if self.force_exit and self._draining is not None:
             self._draining.get_loop().call_soon_threadsafe(self._draining.cancel)
+
+
+def _give_memory_back() -> None:
+    """glibc keeps what was freed below anything still in use; malloc_trim(3) gives its pages back.
+
+    It takes some milliseconds, after thousands of sockets went.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def serve(

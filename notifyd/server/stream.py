@@ -75,6 +75,8 @@ class StreamProtocol(asyncio.Protocol):
         """The socket is gone, whoever ended it."""
         if self._timer is not None:
             self._timer.cancel()
-        if self._connection is not None:
-            self._lifecycle.lost(self._connection)
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._lifecycle.lost(connection)
+            connection.outbox.let_connection_go()
         self._on_gone()

@@ -129,10 +129,12 @@ class WebSocketProtocol(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is gone, whoever ended it."""
         self._stop_timer()
-        self._parser = None
-        self._rest = b""
-        if self._connection is not None:
-            self._lifecycle.lost(self._connection)
+        self._drop_parser()
+        self._rest, self._needed = b"", 0
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._lifecycle.lost(connection)
+            connection.outbox.let_connection_go()
         self._on_gone()
 
     def data_received(self, data: bytes) -> None:
@@ -263,6 +265,13 @@ class WebSocketProtocol(asyncio.Protocol):
     def _new_parser(self) -> ServerProtocol:
         return ServerProtocol(state=ParserState.OPEN, max_size=self._max_message_bytes)
 
+    def _drop_parser(self) -> None:
+        parser, self._parser, self._parts = self._parser, None, None
+        if parser is not None:
+            # It refers to itself, by its generator and by the traceback of its error.
+            parser.parser.close()
+            parser.parser_exc = None
+
     def _feed(self, parser: ServerProtocol, data: bytes) -> None:
         parser.receive_data(data)
         for event in parser.events_received():
@@ -273,8 +282,7 @@ class WebSocketProtocol(asyncio.Protocol):
         self._drain_parser(parser)
         if not self._closing and parser.current_size is None:
             # It was fed whole frames only, and no message is in progress.
-            self._parser = None
-            self._parts = None
+            self._drop_parser()
 
     def _handle(self, connection: Connection | None, event: object) -> None:
         opcode = event.opcode  # type: ignore[attr-defined]  # a server in state OPEN emits frames only

@@ -108,7 +108,9 @@ class _ErrorRecords(logging.Handler):
         self._failures = failures
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._failures.append(self.format(record))
+        # uvicorn 0.54 says so of every denial response (ASGI's extension), which it has sent.
+        if record.getMessage() != "ASGI callable returned without completing handshake.":
+            self._failures.append(self.format(record))
 
 
 @contextlib.contextmanager
@@ -172,3 +174,10 @@ def _run(server: uvicorn.Server, listener: socket.socket, here: Hosted) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve())
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on just now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port

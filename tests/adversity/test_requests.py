@@ -12,7 +12,7 @@ import time
 import pytest
 
 from tests.adversity.hosting import Hosted
-from tests.adversity.raw import RawClient
+from tests.adversity.raw import RawClient, request
 from tests.adversity.test_bodies import GOOD, SEND
 from tests.front_door import ORIGIN, token
 
@@ -241,7 +241,7 @@ async def test_a_chunked_body_over_its_limit_is_a_413(server: Hosted) -> None:
         assert (answer.status, answer.code) == (413, "PAYLOAD_TOO_LARGE")
 
 
-async def test_a_chunked_body_without_end_is_a_413(server: Hosted) -> None:
+async def test_a_chunked_body_without_end_is_cut_off(server: Hosted) -> None:
     async with server.connected() as client:
         await client.send(server.request("POST", SEND, CHUNKED))
 
@@ -250,10 +250,27 @@ async def test_a_chunked_body_without_end_is_a_413(server: Hosted) -> None:
                 await client.send(b"10000\r\n" + b" " * 65536 + b"\r\n")
 
         task = asyncio.create_task(flood())
-        answer = await client.response()
+        told = await client.rest()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        assert (answer.status, answer.code) == (413, "PAYLOAD_TOO_LARGE")
+        # Some megabytes late it is told why, unless the reset of what is still coming is faster.
+        assert told == b"" or b" 413 " in told
+
+
+async def test_a_trailer_without_end_is_a_431(sockets: Hosted) -> None:
+    async with sockets.connected() as client:
+        await client.send(sockets.request("POST", SEND, CHUNKED), b"0\r\nX-Trailer: ")
+
+        async def flood() -> None:
+            while True:
+                await client.send(b"x" * 8192)
+
+        task = asyncio.create_task(flood())
+        told = await client.rest()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        # The answer may be lost to the reset of what is still coming; the end is not.
+        assert told == b"" or b" 431 " in told
 
 
 async def test_expect_100_continue(server: Hosted) -> None:
@@ -384,6 +401,25 @@ async def test_garbage_behind_a_request(sockets: Hosted) -> None:
         await client.send(sockets.request("POST", SEND, body=GOOD) + b"garbage\r\n\r\n")
         assert (await client.response()).status == 200
         await refused(client, 400, "BAD_REQUEST")
+
+
+async def test_nothing_is_answered_within_a_stream(sockets: Hosted) -> None:
+    async with sockets.connected() as client:
+        await client.send(
+            request("GET", f"/sse?token={token('stream')}"),
+            sockets.request("GET", "/health"),
+            sockets.request("POST", SEND, body=GOOD.replace(b"u1", b"stream")),
+        )
+        assert (await client.response_head()).status == 200
+        await client.event("connected")
+        await client.send(sockets.request("GET", "/health"))
+        sent = await sockets.call("POST", SEND, GOOD.replace(b"u1", b"stream"))
+        assert sent.json["delivered_to"] == 1
+        seen = b""
+        while b"event: notification" not in seen:
+            seen += await client.line()
+        assert b"HTTP/1.1" not in seen
+        assert b"healthy" not in seen
 
 
 async def test_a_request_within_a_body_is_not_taken_for_one(server: Hosted) -> None:

@@ -206,6 +206,17 @@ async def test_a_half_open_socket_withholds_nothing(host: Host) -> None:
     await later.nothing_came()
 
 
+async def test_a_half_open_socket_passes_on_nothing_that_is_over(host: Host) -> None:
+    half_open = await host.raw_websocket("ada", query="acks=1")
+    await host.publish(user("ada"), payload="now or never", ttl=0)
+    await host.publish(user("ada"), payload="five seconds", ttl=5)
+    lasting = await host.publish(user("ada"), payload="lasting")
+    host.clock.advance(10)
+    device = await host.websocket("ada", query="acks=1")
+    await replayed_to(device, [lasting["notification_id"]])
+    half_open.vanish()
+
+
 async def test_what_both_devices_held_is_queued_once(host: Host) -> None:
     first = await host.raw_websocket("ada", query="acks=1")
     second = await host.raw_websocket("ada", query="acks=1")

@@ -39,9 +39,6 @@ ROOT = DOCS.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 TEXTS = {page.name: page.read_text("utf-8") for page in PAGES}
 
-# Written by `make bench`, on the machine that measured.
-WRITTEN_LATER = {"bench/results.md"}
-
 ACCESS = {"anybody": "open", "anybody, here": "open"}
 OWN_TO_HTTP = {"INVALID_MESSAGE", "UNSUPPORTED_FORMAT", "SUBSCRIPTION_ERROR", "INVALID_ACK"}
 
@@ -243,8 +240,6 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        if str(file.relative_to(ROOT)) in WRITTEN_LATER:
-            continue
         assert file.exists(), target
         if anchor:
             assert anchor in anchors(file.read_text("utf-8")), target

@@ -15,7 +15,7 @@ from notifyd.connections.outbox import (
     Outbox,
     Recipients,
 )
-from notifyd.wire import Message
+from notifyd.wire import message
 from tests.unit.connected import RecordingSink, manual_loop, outbox_of
 
 
@@ -464,14 +464,14 @@ class TestPutAll:
         outboxes = Outboxes()
         many = self.connections(outboxes, "websocket", "websocket")
         everybody, first = Recipients(many), Recipients(many[:1])
-        outboxes.flusher.put_all(everybody, Message("1", b"{}"))
-        outboxes.flusher.put_all(first, Message("2", b"{}"))
-        many[1].outbox.put(Message("3", b"{}").websocket)
-        outboxes.flusher.put_all(everybody, Message("4", b"{}"))
-        many[0].outbox.put_ahead(Message("5", b"{}").websocket)
-        outboxes.flusher.put_all(everybody, Message("6", b"{}"))
+        outboxes.flusher.put_all(everybody, message("1"))
+        outboxes.flusher.put_all(first, message("2"))
+        many[1].outbox.put(message("3").websocket)
+        outboxes.flusher.put_all(everybody, message("4"))
+        many[0].outbox.put_ahead(message("5").websocket)
+        outboxes.flusher.put_all(everybody, message("6"))
         many[1].outbox.flush_all()
-        outboxes.flusher.put_all(everybody, Message("7", b"{}"))
+        outboxes.flusher.put_all(everybody, message("7"))
         outboxes.loop.settle()
         types = [cast(RecordingSink, each.outbox.sink).types() for each in many]
         assert types == [list("124567"), list("13467")]
@@ -481,10 +481,10 @@ class TestPutAll:
         (connection,) = self.connections(outboxes, "websocket")
         outbox = connection.outbox
         outbox.hold_back()
-        outboxes.flusher.put_all(Recipients([connection]), Message("live", b"{}"))
-        outbox.put_ahead(Message("replay-1", b"{}").websocket)
-        outboxes.flusher.put_all(Recipients([connection]), Message("later", b"{}"))
-        outbox.put_ahead(Message("replay-2", b"{}").websocket)
+        outboxes.flusher.put_all(Recipients([connection]), message("live"))
+        outbox.put_ahead(message("replay-1").websocket)
+        outboxes.flusher.put_all(Recipients([connection]), message("later"))
+        outbox.put_ahead(message("replay-2").websocket)
         outbox.let_go()
         outboxes.loop.settle()
         types = cast(RecordingSink, outbox.sink).types()

@@ -12,6 +12,7 @@ from notifyd.queue.memory import (
     RECORDS_PER_TURN,
     MemoryAckLedger,
     MemoryUserLogs,
+    _all_of,
 )
 from tests.unit.connected import Clock, a_notification
 
@@ -112,7 +113,7 @@ class TestAckLedger:
             ledger.expect_anyone("t", f"a{n}")
             assert ledger._size <= 100
             assert len(ledger._sent) <= 100
-        assert ledger._size == sum(1 + len(each.recipients) for each in ledger._records.values())
+        assert ledger._size == sum(1 + len(_all_of(each)) for each in ledger._records.values())
         assert len(ledger._order) == len(ledger._records)
 
     async def test_an_hour_later_nothing_is_left(self) -> None:

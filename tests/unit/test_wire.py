@@ -73,7 +73,7 @@ class TestFrames:
 
 class TestMessage:
     def test_is_encoded_once_for_each_transport(self) -> None:
-        message = Message("subscribed", b'{"payload":["orders"]}')
+        message = Message("subscribed", b'{"type":"subscribed","payload":["orders"]}')
         assert message.websocket is message.websocket
         assert message.sse is message.sse
         assert parsed(message.websocket)[0].data == (b'{"type":"subscribed","payload":["orders"]}')

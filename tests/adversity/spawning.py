@@ -1,0 +1,91 @@
+"""Servers in processes of their own, whose log and memory are looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import sys
+from asyncio.subprocess import DEVNULL
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from tests.adversity.hosting import Hosted, free_port
+from tests.front_door import ADMIN_KEY, SECRET, Lane
+
+START_SECONDS = 20.0
+
+
+class Spawned(Hosted):
+    """A server in another process: there is no `notifyd` to look into."""
+
+    def __init__(self, lane: Lane, port: int, pid: int, log: Path) -> None:
+        super().__init__(lane, port, None)  # type: ignore[arg-type]  # see above
+        self.pid = pid
+        self.log = log
+
+    def resident_bytes(self) -> int:
+        """The process's memory (RSS), as the kernel counts it."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    def sockets(self) -> int:
+        """Its open sockets."""
+        count = 0
+        for each in Path(f"/proc/{self.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                count += str(each.readlink()).startswith("socket:")
+        return count
+
+
+@contextlib.asynccontextmanager
+async def spawned(lane: Lane, directory: Path, **environment: str) -> AsyncIterator[Spawned]:
+    """`notifyd serve`, or stock uvicorn with its access log; what they log goes to a file.
+
+    What `serve` prints, a command with its key, is for the developer at the terminal, and no log.
+    """
+    port = free_port()
+    if lane == "sockets":
+        arguments = ["-m", "notifyd", "serve", "--port", str(port)]
+    else:
+        factory = "tests.adversity.application:make"
+        arguments = ["-m", "uvicorn", "--factory", factory, "--port", str(port)]
+    given = {name: value for name, value in os.environ.items() if not name.startswith("NOTIFYD_")}
+    given |= {
+        "NOTIFYD_AUTH__JWT_SECRET": SECRET,
+        "NOTIFYD_AUTH__API_KEY": ADMIN_KEY,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        **environment,
+    }
+    log = directory / f"{lane}.log"
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *arguments,
+            stdin=DEVNULL,
+            stdout=DEVNULL if lane == "sockets" else output,
+            stderr=output,
+            cwd=directory,
+            env=given,
+        )
+    try:
+        server = Spawned(lane, port, process.pid, log)
+        async with asyncio.timeout(START_SECONDS):
+            await _listens(server, process)
+        yield server
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(process.wait(), 60)
+    assert process.returncode in (0, -signal.SIGTERM), log.read_text()
+
+
+async def _listens(server: Spawned, process: asyncio.subprocess.Process) -> None:
+    while True:
+        assert process.returncode is None, server.log.read_text()
+        with contextlib.suppress(ConnectionError):
+            async with server.connected():
+                return
+        await asyncio.sleep(0.02)
