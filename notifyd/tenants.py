@@ -9,7 +9,8 @@ that is bound to one, or by the X-Tenant-ID of a key that is not.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, date, datetime
 from typing import Annotated, Protocol
 from urllib.parse import quote
@@ -29,7 +30,7 @@ from notifyd.errors import (
 )
 from notifyd.eventually import Eventually, settled
 from notifyd.identity import DEFAULT_TENANT, Identity, Principal
-from notifyd.options import TenantSettings
+from notifyd.options import TenantSettings, WebSocketSettings
 
 MAX_TENANTS = 10_000
 """Whose limits are kept, and whose figures, at most; others exist all the same, without."""
@@ -234,12 +235,7 @@ class Tenants:
         """
         if not self.enabled:
             if header is not None and header != DEFAULT_TENANT.encode():
-                raise BadRequest(
-                    f'There are no tenants here but "{DEFAULT_TENANT}".',
-                    field="X-Tenant-ID",
-                    constraint=f'"{DEFAULT_TENANT}", or no such header',
-                    hint="tenants come with tenant.enabled",
-                )
+                raise _no_tenants()
             return DEFAULT_TENANT
         if principal.tenant is not None:
             if header is not None and header != principal.tenant.encode():
@@ -302,8 +298,20 @@ class Tenants:
             )
         return claim
 
-    def of_identity(self, identity: Identity) -> str:
-        """Whose user an application's own identity is of. Raises Unauthorized."""
+    def of_user(self, identity: Identity, header: bytes | None = None) -> str:
+        """Whose user an identity is of; `header` is the X-Tenant-ID of his call.
+
+        Raises Unauthorized where there is no such tenant, Forbidden or BadRequest for a header that
+        names another.
+        """
+        if header is not None and header != identity.tenant.encode():
+            if not self.enabled:
+                raise _no_tenants()
+            raise Forbidden(
+                "The token is of another tenant.",
+                field="X-Tenant-ID",
+                constraint="the token's own tenant, or no such header",
+            )
         return self.of_claim(identity.tenant, "tenant")
 
     def named(self, name: str, field: str = "tenant_id") -> str:
@@ -425,15 +433,23 @@ _HOW_TO_CREATE = (
 )
 
 
+def _no_tenants() -> BadRequest:
+    return BadRequest(
+        f'There are no tenants here but "{DEFAULT_TENANT}".',
+        field="X-Tenant-ID",
+        constraint=f'"{DEFAULT_TENANT}", or no such header',
+        hint="set tenant.enabled to true",
+    )
+
+
 def _changes(override: msgspec.Struct) -> LimitChanges:
     return msgspec.convert(override, LimitChanges, from_attributes=True)
 
 
-def only_default(limits: TenantLimits) -> Tenants:
-    """No tenants: all is of `default`."""
-    return Tenants(TenantSettings(), MemoryTenants(), limits=limits, clock=lambda: 0.0)
-
-
-def sorted_names(*of: Iterable[str]) -> Sequence[str]:
-    """Names of tenants, each once."""
-    return sorted({name for each in of for name in each})
+def only_default() -> Tenants:
+    """Tenants switched off: all is of `default`, with the limits that a setting has by default."""
+    of = WebSocketSettings()
+    limits = TenantLimits(
+        of.max_connections, of.max_connections_per_user, of.max_subscriptions_per_connection
+    )
+    return Tenants(TenantSettings(), MemoryTenants(), limits=limits, clock=time.time)

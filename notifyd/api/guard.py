@@ -41,6 +41,7 @@ from notifyd.idempotency import (
 from notifyd.identifiers import request_id
 from notifyd.identity import DEFAULT_TENANT, Identity, Principal
 from notifyd.metrics import Counter, Metrics
+from notifyd.tenants import Tenants, only_default
 
 MAX_BODY_BYTES = 65536
 RETRY_AFTER_SECONDS = 1
@@ -170,7 +171,8 @@ class Guard:
     """What all endpoints share.
 
     `identify` turns a request into the user who sends it (raises Unauthorized and its like);
-    `credentials` tells browsers that cookies may come along.
+    `credentials` tells browsers that cookies may come along. `tenants` says for whom a key speaks;
+    without it there are none.
     """
 
     def __init__(
@@ -183,7 +185,9 @@ class Guard:
         idempotency: IdempotencyKeys,
         metrics: Metrics,
         production: bool,
+        tenants: Tenants | None = None,
     ) -> None:
+        self.tenants = tenants or only_default()
         self.api_keys = api_keys
         self.identify = identify
         self.origins = origins
@@ -195,17 +199,18 @@ class Guard:
 
     # --- who calls ---
 
-    def may_read(self, request: Request) -> bool:
-        """Whether an open endpoint may tell this caller more: development, or a key that reads."""
-        if not self.production:
-            return True
+    def reader(self, request: Request) -> Principal | None:
+        """To whom an open endpoint may tell more: a key that reads, or in development anybody."""
         key = request.header(b"x-api-key") or bearer(request.header(b"authorization"))
-        if key is None:
-            return False
-        try:
-            return self.api_keys.authenticate(key).may("read")
-        except Unauthorized:
-            return False
+        principal = None if self.production else _NO_PRINCIPAL
+        if key is not None:
+            try:
+                known = self.api_keys.authenticate(key)
+            except Unauthorized:
+                return principal
+            if known.may("read"):
+                return known
+        return principal
 
     # --- idempotency ---
 
@@ -328,7 +333,11 @@ class Guard:
 
 
 class Endpoint:
-    """A route: its method and path, who may call, its limits, and the handler behind the guard."""
+    """A route: its method and path, who may call, its limits, and the handler behind the guard.
+
+    `operating`: it is about the server and not of one tenant, so that a key bound to none need not
+    name one.
+    """
 
     __slots__ = (
         "_answered",
@@ -337,12 +346,15 @@ class Endpoint:
         "_guard",
         "_needs_key",
         "_seconds",
+        "_tenant_of_key",
+        "_tenants",
         "access",
         "description",
         "handler",
         "idempotent",
         "max_body",
         "method",
+        "operating",
         "path",
         "status",
     )
@@ -359,6 +371,7 @@ class Endpoint:
         max_body: int = MAX_BODY_BYTES,
         status: int = 200,
         idempotent: bool = False,
+        operating: bool = False,
     ) -> None:
         self.method = method
         self.path = path
@@ -369,8 +382,11 @@ class Endpoint:
         self.status = status
         self.idempotent = idempotent
         self._needs_key = access not in {"user", "open"}
+        self.operating = operating
         self._guard = guard
         self._authenticate = guard.api_keys.authenticate
+        self._tenants = tenants = guard.tenants
+        self._tenant_of_key = tenants.of_operator if operating else tenants.of_key
         self._seconds = guard.metrics.http_request_seconds
         self._counters: dict[tuple[str, int], Counter] = {}
         self._answered = self._counter(method, status)
@@ -390,7 +406,8 @@ class Endpoint:
                 elif name == b"x-request-id":
                     offered_id = value
                 elif name == b"x-tenant-id":
-                    tenant = value
+                    # Several are one list (RFC 9110, section 5.3), and that is no tenant's name.
+                    tenant = value if tenant is None else tenant + b"," + value
                 elif name == b"origin":
                     origin = value
                 else:
@@ -406,10 +423,8 @@ class Endpoint:
                 scopes = principal.scopes
                 if access not in scopes and "admin" not in scopes:
                     raise _out_of_scope(principal, access)
-                if principal.tenant is not None:
-                    request.tenant = principal.tenant
-            if tenant is not None and tenant != b"default" and access != "open":
-                raise _no_tenants()
+                if tenant is not None or self._tenants.enabled:
+                    request.tenant = self._tenant_of_key(principal, tenant)
             if len(request.body) > self.max_body:
                 raise too_large(self.max_body)
             if idempotency_key is not None and self.idempotent:
@@ -424,7 +439,7 @@ class Endpoint:
                     lambda: self._guard.attempt(request, self.handler, self.status),
                 )
             elif access == "user":
-                result = self._as_user(request)
+                result = self._as_user(request, tenant)
             else:
                 result = self.handler(request)
             if is_awaitable(result):
@@ -471,21 +486,22 @@ class Endpoint:
             request, msgspec.structs.replace(refusal, headers=refusal.headers + headers)
         )
 
-    def _as_user(self, request: Request) -> Eventually[msgspec.Struct | None]:
+    def _as_user(self, request: Request, tenant: bytes | None) -> Eventually[msgspec.Struct | None]:
         identity = self._guard.identify(request)
         if is_awaitable(identity):
-            return self._as_user_later(request, identity)
-        return self._identified(request, identity)
+            return self._as_user_later(request, tenant, identity)
+        return self._identified(request, tenant, identity)
 
     async def _as_user_later(
-        self, request: Request, pending: Awaitable[Identity]
+        self, request: Request, tenant: bytes | None, pending: Awaitable[Identity]
     ) -> msgspec.Struct | None:
-        result = self._identified(request, await pending)
+        result = self._identified(request, tenant, await pending)
         return await result if is_awaitable(result) else result
 
     def _identified(
-        self, request: Request, identity: Identity
+        self, request: Request, tenant: bytes | None, identity: Identity
     ) -> Eventually[msgspec.Struct | None]:
+        self._tenants.of_user(identity, tenant)
         request.identity = identity
         request.tenant = identity.tenant
         return self.handler(request)
@@ -575,14 +591,6 @@ def _out_of_scope(principal: Principal, access: str) -> Forbidden:
     return Forbidden(
         f'The API key "{principal.name}" does not cover this call, which needs the scope {access}.',
         hint=f'add "{access}" to its scopes in auth.api_keys',
-    )
-
-
-def _no_tenants() -> BadRequest:
-    return BadRequest(
-        f'There are no tenants here but "{DEFAULT_TENANT}".',
-        field="X-Tenant-ID",
-        constraint=f'"{DEFAULT_TENANT}", or no such header',
     )
 
 

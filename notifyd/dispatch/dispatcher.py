@@ -8,6 +8,7 @@ after the other reaches every connection in that order. Every recipient gets one
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 
 from notifyd.connections.connection import Connection, State
@@ -45,7 +46,8 @@ _SURELY_SMALL = MAX_NOTIFICATION_BYTES - 8192
 class Dispatcher:
     """Sends notifications to whom they are for. `logs` or `ledger` is None where it is switched
     off. `store_first` is `queue.mode = "always"`: what is for a user is in his log before it is
-    sent, so that it outlives this process.
+    sent, so that it outlives this process. `tally(tenant, deliveries)` is told what each tenant
+    sends, where somebody counts that.
     """
 
     def __init__(  # noqa: PLR0917  # the parts that it connects
@@ -60,6 +62,7 @@ class Dispatcher:
         clock: Callable[[], float],
         *,
         store_first: bool = False,
+        tally: Callable[[str, int], None] | None = None,
     ) -> None:
         self._registry = registry
         self._flusher = flusher
@@ -68,6 +71,7 @@ class Dispatcher:
         self._ledger = ledger
         self._writes = writes
         self._store_first = store_first
+        self._tally = tally
         self._clock = clock
         self._metrics = metrics
         self._delivered_websocket = metrics.deliveries_total.labels("websocket")
@@ -93,6 +97,8 @@ class Dispatcher:
         started = perf_counter()
         self._notifications(target.type, source).inc()
         receipt = self._send(tenant, target, notification, exclude_connection)
+        if self._tally is not None:
+            receipt = then(receipt, partial(_tallied, self._tally, tenant))
         self._observe_seconds(perf_counter() - started)
         return receipt
 
@@ -429,6 +435,11 @@ class Dispatcher:
         if rejection is None:
             return RecipientResult(Outcome.QUEUED)
         return RecipientResult(Outcome.FAILED, reason=rejection)
+
+
+def _tallied(tally: Callable[[str, int], None], tenant: str, receipt: Receipt) -> Receipt:
+    tally(tenant, receipt.delivered_to)
+    return receipt
 
 
 def _only(notification_id: str, results: dict[str, RecipientResult]) -> Receipt:
