@@ -115,6 +115,11 @@ class StoreServer(ABC):
             with suppress(psutil.NoSuchProcess):
                 process.resume()
 
+    def pin(self, core: int) -> None:
+        """Keep it, and what it will start, on one core."""
+        for process in self._family():
+            process.cpu_affinity([core])
+
     def kill(self) -> None:
         """End it without a warning."""
         family = self._family()
