@@ -52,7 +52,8 @@ class ChannelFigures(msgspec.Struct, gc=False):
 
 
 class NotificationFigures(msgspec.Struct, gc=False):
-    """Since the start, of all tenants. `total_sent` counts notifications, `total_delivered` connections."""
+    """Since the start, of all tenants. `total_sent` counts notifications, `total_delivered`
+    connections."""
 
     total_sent: int
     total_delivered: int
@@ -96,8 +97,8 @@ class StoreFigures(msgspec.Struct, gc=False, omit_defaults=True):
 
 
 class Figures(msgspec.Struct, gc=False):
-    """All of it; `ack` is null while its store does not answer. `notifications` and `ack` are of all
-    tenants, and null for a key that is bound to one.
+    """All of it; `ack` is null while its store does not answer. `notifications` and `ack` are of
+    all tenants, and null for a key that is bound to one.
     """
 
     connections: ConnectionFigures
@@ -281,6 +282,23 @@ class Stats:
             acks,
             **self.stores.figures(),
         )
+
+    def measure(self) -> Eventually[None]:
+        """Bring the metrics of what stores keep up to date; what one does not answer stays as it
+        was. What is in memory is read when it is asked for."""
+        depth = None if self._logs is None else or_none(self._logs.depth)
+        stats = None if self._ledger is None else or_none(self._ledger.stats)
+        if is_awaitable(depth) or is_awaitable(stats):
+            return self._measure_later(depth, stats)
+        return None
+
+    async def _measure_later(
+        self, depth: Eventually[int | None], stats: Eventually[AckStats | None]
+    ) -> None:
+        if (messages := await settled(depth)) is not None:
+            self._metrics.queue_messages.set(messages)
+        if (figures := await settled(stats)) is not None:
+            self._metrics.ack_pending.set(figures.pending)
 
     def _notifications(self) -> NotificationFigures:
         metrics = self._metrics

@@ -93,8 +93,9 @@ class Presence(msgspec.Struct, gc=False):
 
 
 class TokenBody(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
-    """A token to be made; `ttl` in seconds, `channels` names or patterns to be held to. `tenant_id`,
-    if given, is the tenant that the call is for."""
+    """A token to be made; `ttl` in seconds, `channels` names or patterns to be held to.
+    `tenant_id`, if given, is the tenant that the call is for.
+    """
 
     user_id: UserId
     ttl: Annotated[int, Meta(ge=1, le=31_536_000, examples=[3600])]

@@ -402,6 +402,8 @@ class Outbox:
 
     def hold_back(self) -> None:
         """From here on, what is `put` waits until `let_go`."""
+        # What was sent to many before belongs before it, too.
+        self._flusher.spread_to(self)
         self._unhindered = False
         self._ahead, self._frames = self._frames, []
 
