@@ -412,8 +412,11 @@ class TenantOverride(Section, frozen=True, kw_only=True):
 
 
 class TenantSettings(Section, frozen=True, kw_only=True):
-    """Several tenants who see nothing of one another. While they are on, their limits stand in
-    place of the section websocket's of the same name."""
+    """Tenants see nothing of one another; their limits stand in place of the websocket section's.
+
+    While they are on, what tenants have in common is `websocket.max_connections`, for all of them
+    together.
+    """
 
     enabled: Annotated[bool, says("Whether there are tenants; off, there is `default` alone.")] = (
         False

@@ -397,23 +397,25 @@ class Tenants:
         return datetime.fromtimestamp(self._clock(), UTC).date()
 
     async def _flush(self) -> None:
-        """Store what was counted here. Where the store gave no answer it is counted again: nobody
-        knows whether it was added."""
+        """Store what was counted here. Without an answer of the store, or cancelled, it is kept and
+        added another time: nobody knows whether it was."""
         if not self._tallies:
             return
         tallies, self._tallies = self._tallies, {}
         counts = {
             name: Counts(each.notifications, each.deliveries) for name, each in tallies.items()
         }
+        stored = False
         try:
             await settled(self._store.add(self._today(), counts))
-        except Unavailable:
-            for name, each in self._tallies.items():
-                known = tallies.setdefault(name, _Tally())
-                known.notifications += each.notifications
-                known.deliveries += each.deliveries
-            self._tallies = tallies
-            raise
+            stored = True
+        finally:
+            if not stored:
+                for name, each in self._tallies.items():
+                    known = tallies.setdefault(name, _Tally())
+                    known.notifications += each.notifications
+                    known.deliveries += each.deliveries
+                self._tallies = tallies
 
     async def sync(self) -> None:
         """Read what other nodes set and store what was counted; while the store is down, what was
@@ -426,7 +428,7 @@ class Tenants:
             return
 
 
-_RULE = f"1 to {names.MAX_TENANT_ID} of letters, digits, - _ ."
+_RULE = f"1 to {names.MAX_TENANT_ID} letters, digits, dots, - or _"
 _HOW_TO_CREATE = (
     "name it in tenant.overrides, give it limits by PUT /api/v1/tenants/{id}/limits, or set "
     "tenant.auto_create to true"
