@@ -3,6 +3,7 @@ and that everything works again by itself."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from statistics import median
@@ -10,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from tests.adversity.store_faults import (
     AWAY,
@@ -351,6 +353,23 @@ async def test_always_sends_nothing_that_is_not_stored(
         # One that timed out may have been stored: it comes from there, marked.
         assert heard[-1]["metadata"]["replayed"]
         heard.append(await ann.expect("notification"))
+
+
+@pytest.mark.parametrize("store", ["redis", "postgres"])
+async def test_a_store_that_hangs_does_not_hold_up_the_end(
+    faulty: FaultyStore, start_on: StartServer
+) -> None:
+    given = faulty.given(server={"shutdown_grace_seconds": 0.5})
+    given[faulty.name]["command_timeout_seconds"] = 600.0
+    host = await start_on("sockets", **given)
+    ann = await settled_in(host, "ann", "acks=1")
+    await host.publish(user("ann"), payload="second")
+    await ann.notifications(1)
+    async with FAULTS["stopped"](faulty):
+        with capture_logs() as log:
+            async with asyncio.timeout(2 * WAIT):
+                await host.shut_down()
+    assert [each["lost"] for each in log if "lost" in each] == [2]
 
 
 @pytest.mark.parametrize("store", ["redis", "postgres"])
