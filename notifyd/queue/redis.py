@@ -48,7 +48,9 @@ REST_SECONDS = 86_400
 CORRUPT_SECONDS = 7 * 86_400
 CORRUPT_PER_BUCKET = 100
 LEDGER_RETENTION_SECONDS = 3600
-LEDGER_KEEP_SECONDS = LEDGER_RETENTION_SECONDS + 86_400
+LEDGER_GRACE_SECONDS = 86_400
+"""How long the ledger's keys outlive what it keeps, for a sweep that counts it off."""
+
 ACK_TIME_SAMPLES = 1024
 USERS_PER_CALL = 200
 RECIPIENTS_PER_CALL = 1000
@@ -286,7 +288,9 @@ class RedisUserLogs:
             more = True
             while more:
                 args = (_milliseconds(self._clock), USERS_PER_CALL)
-                names: list[bytes] = await self._redis.run(self._due, (bucket.due,), args)
+                keys = (bucket.depth, bucket.due)
+                lost, names = await self._redis.run(self._due, keys, args)
+                vanished |= bool(lost)
                 more = len(names) == USERS_PER_CALL
                 calls = [
                     self._redis.run(
@@ -300,8 +304,9 @@ class RedisUserLogs:
                     expired += dropped
                     vanished |= bool(gone)
             if vanished:
-                keys = (bucket.depth, bucket.due)
-                await self._redis.run(self._recount, keys, (bucket.order,))
+                await self._redis.run(
+                    self._recount, keys, (bucket.order, 2 * (self._ttl + self._grace))
+                )
         return expired
 
     async def depth(self) -> int:
@@ -341,6 +346,9 @@ class RedisAckLedger:
         self._redis = redis
         self._keys = keys.ledger
         self._timeout = int(timeout_seconds * 1_000_000)
+        # Nobody is let go of before he is late.
+        self._retention = max(LEDGER_RETENTION_SECONDS, int(timeout_seconds))
+        self._keep = (self._retention + LEDGER_GRACE_SECONDS) * 1000
         self._max_pending = max_pending
         self._on_acknowledged = on_acknowledged
         self._on_expired = on_expired
@@ -375,7 +383,7 @@ class RedisAckLedger:
             (
                 _microseconds(self._clock),
                 self._timeout,
-                LEDGER_KEEP_SECONDS * 1000,
+                self._keep,
                 self._max_pending,
                 kind,
                 name,
@@ -428,7 +436,7 @@ class RedisAckLedger:
             how,
             f"u{user_id}",
             ACK_TIME_SAMPLES,
-            LEDGER_KEEP_SECONDS * 1000,
+            self._keep,
         )
         return self._redis.run(self._confirm, keys, args, convert)
 
@@ -448,7 +456,7 @@ class RedisAckLedger:
             args = (
                 _microseconds(self._clock),
                 self._timeout,
-                LEDGER_RETENTION_SECONDS * 1_000_000,
+                self._retention * 1_000_000,
                 SWEPT_PER_CALL,
                 keys.record,
                 keys.pending,
