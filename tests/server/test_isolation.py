@@ -334,7 +334,7 @@ plays = st.lists(st.tuples(st.integers(0, 1), steps), min_size=2, max_size=24)
 
 
 async def transcripts(
-    lane: Lane, play: list[tuple[int, Step]], only: int | None = None, **given: dict[str, Any]
+    lane: Lane, play: list[tuple[int, Step]], only: int | None = None, **given: Any
 ) -> list[list[str]]:
     """What each tenant was told; with `only` one of them there is no other."""
     keys = [

@@ -434,6 +434,12 @@ class TestTheClientAndTheApplication:
         async with AsyncClient(host.url, api_key=OPERATOR, tenant="acme") as client:
             receipt = await client.send(user="u1", event="hello")
             assert receipt.delivered_to == 1
+            changed = await client.set_tenant_limits("acme", max_connections=3)
+            assert (changed.id, changed.limits.max_connections) == ("acme", 3)
+            found = await client.get_tenant("acme")
+            assert found.notifications is not None
+            assert (found.connections, found.notifications.today) == (1, 1)
+            assert "acme" in [each.id for each in (await client.list_tenants()).tenants]
         await listener.expect("notification")
 
     async def test_an_application_sends_for_a_tenant(self, start_on: StartServer) -> None:
@@ -467,7 +473,7 @@ class TestTheClientAndTheApplication:
             await host.sse(None)
 
     def test_settings_that_cannot_be(self) -> None:
-        for wrong in (
+        wrongs: tuple[dict[str, Any], ...] = (
             {"tenant": {"overrides": {"acme": {}}}},
             {"tenant": {"enabled": True, "overrides": {"a:b": {}}}},
             {"tenant": {"enabled": True, "max_connections": 1_000_000}},
@@ -477,7 +483,8 @@ class TestTheClientAndTheApplication:
                 "tenant": {"enabled": True},
                 "auth": {"api_keys": [{"name": "a", "key": ACME, "tenant_id": "a:b"}]},
             },
-        ):
+        )
+        for wrong in wrongs:
             with pytest.raises(ConfigurationError, match="tenant"):
                 Notifyd(settings_of(**wrong))
 
