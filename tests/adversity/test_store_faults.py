@@ -71,7 +71,9 @@ async def settled_in(host: Host, user_id: str, query: str = "") -> WebSocketList
     """A connection whose replay is over: before that, a store that fails is told by `gap`."""
     websocket = await host.websocket(user_id, query=query)
     await host.publish(user(user_id), payload="hello")
-    assert (await websocket.expect("notification"))["payload"] == "hello"
+    while (message := await websocket.receive())["type"] == "gap":
+        pass  # On a busy machine the store may be late without any fault.
+    assert message["payload"] == "hello"
     # Stored first, it may have come while the replay was under way, which then looks once more.
     await until(lambda: not host.notifyd._replayer._again, "the end of the replay")
     return websocket
@@ -237,7 +239,9 @@ async def test_what_a_dying_connection_held_is_kept_until_the_store_is_back(
     writes = host.notifyd._writes
     dying = await host.raw_websocket("ann", query="acks=1")
     await host.publish(user("ann"), payload="first")
-    first = await dying.receive()
+    while (first := await dying.receive())["type"] == "gap":
+        pass  # As in settled_in.
+    await until(lambda: not host.notifyd._replayer._again, "the end of the replay")
     async with fault(faulty):
         ids = [first["id"]]
         for n in range(3):
