@@ -365,15 +365,16 @@ def _own_url(settings: Settings) -> str:
 def _welcome(settings: Settings, url: str) -> str:
     """What development prints once it listens: a page to open, and commands to copy."""
     program = _program()
+    publisher = settings.auth.publisher
+    bound = None if publisher is None else publisher.tenant_id
+    tenant = bound or DEFAULT_TENANT
+    whose = "" if tenant == DEFAULT_TENANT else f" --tenant {tenant}"
     lines = [
         f"notifyd {__version__}, development",
         "",
         f"  Open     {url}/demo",
-        f"  Listen   {program} listen --user alice --url {url}",
+        f"  Listen   {program} listen --user alice{whose} --url {url}",
     ]
-    publisher = settings.auth.publisher
-    bound = None if publisher is None else publisher.tenant_id
-    tenant = bound or DEFAULT_TENANT
     if key := settings.auth.publishing_key:
         body = {
             "target": {"type": "user", "value": "alice"},
@@ -393,7 +394,7 @@ def _welcome(settings: Settings, url: str) -> str:
         token, _ = _verifier(settings).mint("alice", ttl=DAY, tenant=tenant)
         lines += [
             f"  Token    {token}",
-            f"           (alice's, for a day; another: {program} token --user bob)",
+            f"           (alice's, for a day; another: {program} token --user bob{whose})",
         ]
     return "\n".join([*lines, ""])
 
