@@ -374,7 +374,8 @@ class Notifyd(PublishingCalls):
         if left := await self._writes.finish(self.settings.server.shutdown_grace_seconds):
             self._log.error("the store did not take what clients had not confirmed", lost=left)
         await self._tasks.aclose()
-        await self.tenants.sync()
+        if not await self.tenants.finish(self.settings.server.shutdown_grace_seconds):
+            self._log.error("the store did not take what tenants sent last")
         await self._backends.aclose()
         await self.verifier.aclose()
 

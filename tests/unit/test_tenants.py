@@ -201,6 +201,23 @@ class TestFigures:
             await task
         assert tenants._tallies["acme"].notifications == 1
 
+    async def test_the_end_waits_for_them_so_long_and_no_longer(self) -> None:
+        class Slow(MemoryTenants):
+            def add(self, day: date, counts: Mapping[str, Counts]) -> Any:
+                return asyncio.get_running_loop().create_future()
+
+        assert await made(Slow()).finish(0.01)
+        for store in (Slow(), Store()):
+            tenants = made(store)
+            tenants.tally("acme", 1)
+            if isinstance(store, Store):
+                store.down = True
+            assert not await tenants.finish(0.01)
+        tenants = made()
+        tenants.tally("acme", 1)
+        assert await tenants.finish(0.01)
+        assert (await tenants.figures())["acme"].today == Counts(1, 1)
+
     async def test_are_of_so_many_tenants_at_most(self) -> None:
         tenants = made()
         for n in range(MAX_TENANTS + 5):
