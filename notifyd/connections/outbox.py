@@ -114,6 +114,8 @@ class Flusher:
         self._gathered: list[Message] = []
         self._gathered_bytes = 0
         self._fan_outs: deque[FanOut] = deque()
+        self.gathers = False
+        """Whether `spread` has something to put."""
 
     def start(self, loop: AbstractEventLoop) -> None:
         """Flush in this loop's turns."""
@@ -131,6 +133,7 @@ class Flusher:
         if recipients is not self._gathered_for:
             self.spread()
             self._gathered_for = recipients
+            self.gathers = True
         self._gathered.append(message)
         self._gathered_bytes += len(message.json)
         if self._gathered_bytes > WRITE_BYTES:
@@ -150,6 +153,7 @@ class Flusher:
             if self.waiting_bytes > self.bounds.total_bytes:
                 self.relieve()
             self._schedule_run()
+        self.gathers = False
 
     def _join_gathered(self) -> None:
         recipients, messages = self._gathered_for, self._gathered
@@ -198,6 +202,7 @@ class Flusher:
                         countdown = CHECK_EVERY
                 if self._fan_outs and self._fan_outs[0].outboxes is outboxes:
                     self._fan_outs.popleft()
+            self.gathers = False
             if self.waiting_bytes > self.bounds.total_bytes:
                 self.relieve()
             while dirty:
@@ -282,13 +287,15 @@ class Outbox:
     def put(self, data: bytes) -> bool:
         """Take whole frames; False where the connection is closed, or was just found too slow."""
         flusher = self._flusher
-        flusher.spread()
+        if flusher.gathers:
+            flusher.spread()
         if self.closed:
             return False
+        length = len(data)
         self._frames.append(data)
-        size = self.size = self.size + len(data)
+        size = self.size = self.size + length
         messages = self.messages = self.messages + 1
-        waiting = flusher.waiting_bytes = flusher.waiting_bytes + len(data)
+        waiting = flusher.waiting_bytes = flusher.waiting_bytes + length
         if not self._scheduled:
             self._scheduled = True
             flusher.schedule(self)

@@ -69,7 +69,7 @@ class Confirmations:
 
     # --- holding ---
 
-    def hold(self, notification: Notification, connections: Sequence[Connection]) -> None:
+    def hold(self, notification: Notification, connections: tuple[Connection, ...]) -> None:
         """These connections of one user just took it."""
         id = notification.id
         if len(connections) == 1:
@@ -80,18 +80,18 @@ class Confirmations:
                 unconfirmed = connection.unconfirmed = {}
             elif id in unconfirmed:
                 return
-            held = unconfirmed[id] = Held(notification, [connection], self._clock())
+            held = unconfirmed[id] = Held(notification, connections, self._clock())
             self._oldest_first.append(held)
             self.held += 1
             if self.held > self._max_pending:
                 self._move_oldest_to_log()
             self._ask_soon(connection)
             return
-        takers = [
+        takers = tuple(
             connection
             for connection in connections
             if connection.unconfirmed is None or id not in connection.unconfirmed
-        ]
+        )
         if not takers:
             # Sent again under the same id: one confirmation settles both.
             return
@@ -112,7 +112,7 @@ class Confirmations:
             # Writing it closed the last of the others, so that it went to the log meanwhile.
             self.hold_stored(held.notification, connection)
             return
-        held.connections.append(connection)
+        held.connections += (connection,)
         connection.hold(held)
         self._ask_soon(connection)
 
@@ -124,7 +124,7 @@ class Confirmations:
         self, notification: Notification, connections: Sequence[Connection]
     ) -> None:
         """These connections of one user took what the user's log keeps until it is settled."""
-        held = Held(notification, list(connections), self._clock(), stored=True)
+        held = Held(notification, tuple(connections), self._clock(), stored=True)
         for connection in connections:
             connection.hold(held)
         for connection in connections:
@@ -132,7 +132,7 @@ class Confirmations:
 
     def hold_homeless(self, notification: Notification, connection: Connection) -> None:
         """A connection took what waited for a store that is away, and may have it or not."""
-        held = Held(notification, [connection], self._clock(), in_log=True)
+        held = Held(notification, (connection,), self._clock(), in_log=True)
         connection.hold(held)
         self._oldest_first.append(held)
         self.held += 1
@@ -176,7 +176,7 @@ class Confirmations:
                 del unconfirmed[id]
                 if not unconfirmed:
                     connection.unconfirmed = None
-        held.connections.clear()
+        held.connections = ()
         if not held.stored:
             self.held -= 1
             self._forget_settled()
@@ -194,7 +194,7 @@ class Confirmations:
         identity = connection.identity
         returned: list[Notification] = []
         for held in unconfirmed.values():
-            held.connections.remove(connection)
+            held.connections = tuple(each for each in held.connections if each is not connection)
             if not held.connections:
                 self._let_go(held)
                 if not held.stored:
@@ -278,7 +278,7 @@ class Confirmations:
             held = unconfirmed.pop(id, None)
             if held is not None:
                 held.settled = True
-                held.connections.clear()
+                held.connections = ()
                 confirmed.append(id)
                 if held.in_log:
                     in_log.append(id)

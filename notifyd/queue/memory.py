@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from itertools import repeat
 from typing import Literal
 
 import msgspec
@@ -256,7 +257,9 @@ class MemoryAckLedger:
         self._on_expired = on_expired
         self._records: dict[tuple[str, str], _Record] = {}
         self._order: deque[tuple[str, str]] = deque()
-        self._sent: deque[tuple[float, tuple[str, str]]] = deque()
+        # What was sent, and when: two columns, so that nothing is made for a row.
+        self._sent: deque[tuple[str, str]] = deque()
+        self._sent_at: deque[float] = deque()
         self._size = 0
         self._pending = 0
         self._acknowledged = 0
@@ -286,7 +289,28 @@ class MemoryAckLedger:
         elif not isinstance(record, _Anyone):
             self._expect_more(key, record, recipients, now, queued=queued)
         if not queued:
-            self._sent.append((now, key))
+            self._sent.append(key)
+            self._sent_at.append(now)
+
+    def expect_each(self, tenant: str, sent: Sequence[tuple[str, str]]) -> None:
+        """See `AckLedger.expect_each`."""
+        now = self._clock()
+        records = self._records
+        new = []
+        for notification_id, user_id in sent:
+            key = (tenant, notification_id)
+            if key in records:
+                self.expect(tenant, notification_id, (user_id,))
+            else:
+                records[key] = _Recipient(user_id, now, now, "pending")
+                new.append(key)
+        self._order += new
+        self._sent += new
+        self._sent_at += repeat(now, len(new))
+        self._pending += len(new)
+        self._size += 2 * len(new)
+        if self._size > self._max_pending:
+            self._let_go_of_the_oldest()
 
     def expect_anyone(self, tenant: str, notification_id: str) -> None:
         """See `AckLedger.expect_anyone`."""
@@ -354,7 +378,15 @@ class MemoryAckLedger:
         records = self._records
         for notification_id in ids:
             recipient = _recipient(records.get((tenant, notification_id)), user_id)
-            if recipient is not None:
+            if recipient is None:
+                continue
+            if recipient.state == "pending":
+                # Nearly always: no call, for a Pong confirms many at once.
+                self._pending -= 1
+                recipient.state = "confirmed"
+                recipient.confirmed_at = now
+                recipient.by = "transport"
+            else:
                 self._confirm(recipient, now, "transport")
 
     def _confirm(self, recipient: _Recipient, now: float, by: Literal["ack", "transport"]) -> None:
@@ -398,9 +430,9 @@ class MemoryAckLedger:
         """
         now = self._clock()
         total = 0
-        while self._sent and self._sent[0][0] + self._timeout_seconds <= now:
-            sent_at, key = self._sent.popleft()
-            record = self._records.get(key)
+        while self._sent and self._sent_at[0] + self._timeout_seconds <= now:
+            sent_at = self._sent_at.popleft()
+            record = self._records.get(self._sent.popleft())
             if record is None:
                 continue
             late = 0
@@ -427,8 +459,9 @@ class MemoryAckLedger:
             self._let_go(self._order.popleft())
         # Entries of notifications that are gone; without this they would outlive the bound.
         sent, records = self._sent, self._records
-        while sent and sent[0][1] not in records:
+        while sent and sent[0] not in records:
             sent.popleft()
+            self._sent_at.popleft()
 
     def _let_go(self, key: tuple[str, str]) -> None:
         record = self._records.pop(key)
