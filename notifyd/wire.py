@@ -178,13 +178,13 @@ def notification_message(notification: Notification, *, replayed: bool = False) 
 
 
 @lru_cache(maxsize=256)
-def _metadata(  # noqa: PLR0917  # the fields, in their order
+def _metadata(
     source: str | None,
     priority: str,
     audience: AudienceType,
     ttl: int | None,
     correlation_id: str | None,
-    replayed: bool,  # noqa: FBT001  # as above
+    replayed: bool,
 ) -> msgspec.Raw:
     """Encoded once for the many notifications that have the same."""
     metadata = _Metadata(source, priority, _AUDIENCES[audience], ttl, correlation_id, replayed)

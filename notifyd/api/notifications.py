@@ -602,7 +602,7 @@ class Publishing:
         return results
 
     def _plain(self, body: NotificationBody, now: float) -> Notification | None:
-        """What is sent, where it is an event for one user and nothing special about it. Whatever may
+        """What is sent, where it is an event for one user and nothing special. Whatever may
         be wrong is left for `_item` to find.
         """
         user = body.target.value
@@ -644,7 +644,7 @@ class Publishing:
         request = batch.request
         for receipt in self._dispatch_each(request.tenant, run, source=request.source):
             index = len(results)
-            if type(receipt) is Receipt:
+            if isinstance(receipt, Receipt):
                 results.append(_item_result(index, receipt))
             elif isinstance(receipt, Exception):
                 results.append(self._bad_item(batch, index, receipt))

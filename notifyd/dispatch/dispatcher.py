@@ -98,9 +98,10 @@ class Dispatcher:
         """
         started = perf_counter()
         self._notifications(target.type, source).inc()
-        receipt = self._send(tenant, target, notification, exclude_connection)
-        self._observe_seconds(perf_counter() - started)
-        return receipt
+        try:
+            return self._send(tenant, target, notification, exclude_connection)
+        finally:
+            self._observe_seconds(perf_counter() - started)
 
     def dispatch_each(
         self, tenant: str, sends: Sequence[UserSend], *, source: str
@@ -141,7 +142,7 @@ class Dispatcher:
         """The message, where nothing but to write it has to be done for a user who is connected."""
         if (
             user_id not in self._registry.tenant(tenant_name).users
-            or notification.ttl is not None
+            or (notification.ttl and notification.occurred_at + notification.ttl <= self._clock())
             or notification.audience.type != "All"
             or len(memoryview(notification.payload)) > _SURELY_SMALL
             or self._store_first
