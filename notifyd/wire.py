@@ -345,6 +345,9 @@ def decode_client_message(text: str | bytes) -> ClientMessage:
 # Numbers stay text: a recipient may read digits that no float holds.
 _decode_strings = msgspec.json.Decoder(float_hook=str).decode
 BACKSLASH = 0x5C
+SURELY_FLAT = 2 * MAX_PAYLOAD_DEPTH
+"""So few bytes are not nested too deeply: each level takes two brackets."""
+
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
@@ -377,8 +380,11 @@ def payload_of_compact(raw: msgspec.Raw) -> msgspec.Raw | None:
 
     The part is copied out of the whole.
     """
+    data = bytes(raw)
+    if len(data) <= SURELY_FLAT and BACKSLASH not in data:
+        return msgspec.Raw(data)
     try:
-        return _checked_payload(bytes(raw), "payload")
+        return _checked_payload(data, "payload")
     except (ValidationError, msgspec.DecodeError, RecursionError):
         return None
 
@@ -387,8 +393,7 @@ def _checked_payload(data: bytes, field: str) -> msgspec.Raw:
     if BACKSLASH in data and b"\\u" in data:
         # A lone surrogate is valid by JSON's grammar, and no strict client could decode it.
         _decode_strings(data)
-    # Each level takes two brackets.
-    if len(data) > 2 * MAX_PAYLOAD_DEPTH and nested_too_deep(data):
+    if len(data) > SURELY_FLAT and nested_too_deep(data):
         raise _too_deep(field)
     return msgspec.Raw(data)
 

@@ -85,7 +85,10 @@ class Confirmations:
             self.held += 1
             if self.held > self._max_pending:
                 self._move_oldest_to_log()
-            self._ask_soon(connection)
+            if not connection.acks and connection.outbox.sink.pings:
+                self._to_ask[connection] = None
+                if len(unconfirmed) >= ASK_AT and connection.asked is None:
+                    self.ask(connection)
             return
         takers = tuple(
             connection
@@ -289,8 +292,11 @@ class Confirmations:
         self._forget_settled()
 
     def _forget_settled(self) -> None:
-        if len(self._oldest_first) > 2 * self.held + KEPT_SETTLED:
-            self._oldest_first = deque(each for each in self._oldest_first if not each.settled)
+        oldest_first = self._oldest_first
+        while oldest_first and oldest_first[0].settled:
+            oldest_first.popleft()
+        if len(oldest_first) > 2 * self.held + KEPT_SETTLED:
+            self._oldest_first = deque([each for each in oldest_first if not each.settled])
 
     # --- asking ---
 

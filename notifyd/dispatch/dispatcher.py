@@ -113,7 +113,11 @@ class Dispatcher:
         """
         started = perf_counter()
         self._notifications("user", source).inc(len(sends))
-        messages = [self._message_at_once(tenant, *send) for send in sends]
+        users = self._registry.tenant(tenant).users
+        messages = [
+            self._message_at_once(notification) if user_id in users else None
+            for user_id, notification in sends
+        ]
         if self._ledger is not None:
             # What is expected of each is noted in one call, and as ever before it is written.
             sent = [
@@ -126,41 +130,37 @@ class Dispatcher:
         receipts: list[Eventually[Receipt] | Exception] = []
         for (user_id, notification), message in zip(sends, messages, strict=True):
             try:
-                if message is not None:
-                    receipts.append(self._send_at_once(tenant, user_id, notification, message))
-                else:
+                if message is None:
                     target = Target("user", (user_id,))
                     receipts.append(self._send(tenant, target, notification, None))
+                    continue
+                # One of those before may have been the last that its connection could take.
+                connections = users.get(user_id)
+                taken_by = (
+                    self._offer(notification, message, connections)
+                    if connections is not None
+                    else 0
+                )
+                receipts.append(
+                    Receipt(notification.id, Outcome.DELIVERED, taken_by)
+                    if taken_by
+                    else self._queue(tenant, user_id, notification)
+                )
             except Exception as error:  # noqa: BLE001  # the caller's to tell, of this one alone
                 receipts.append(error)
         self._observe_average(perf_counter() - started, len(sends))
         return receipts
 
-    def _message_at_once(
-        self, tenant_name: str, user_id: str, notification: Notification
-    ) -> Message | None:
-        """The message, where nothing but to write it has to be done for a user who is connected."""
+    def _message_at_once(self, notification: Notification) -> Message | None:
+        """The message, where whoever is connected is to get it, and nothing else comes first."""
         if (
-            user_id not in self._registry.tenant(tenant_name).users
-            or (notification.ttl and notification.occurred_at + notification.ttl <= self._clock())
+            (notification.ttl and notification.occurred_at + notification.ttl <= self._clock())
             or notification.audience.type != "All"
             or len(memoryview(notification.payload)) > _SURELY_SMALL
             or self._store_first
         ):
             return None
         return notification_message(notification)
-
-    def _send_at_once(
-        self, tenant_name: str, user_id: str, notification: Notification, message: Message
-    ) -> Eventually[Receipt]:
-        """To a user who was connected just now, and is expected to confirm already."""
-        tenant = self._registry.tenant(tenant_name)
-        outcome, connections = Outcome.NOBODY, 0
-        if user_id in tenant.users:
-            outcome, connections = self._deliver(tenant, user_id, notification, message, None)
-        if outcome is Outcome.DELIVERED:
-            return Receipt(notification.id, outcome, connections)
-        return self._queue(tenant_name, user_id, notification)
 
     def _send(
         self, tenant_name: str, target: Target, notification: Notification, exclude: str | None
@@ -288,27 +288,36 @@ class Dispatcher:
             connections = tuple(admitted(connections, notification.audience, exclude))
             if not connections:
                 return Outcome.FILTERED, 0
+        taken_by = self._offer(notification, message, connections)
+        return (Outcome.DELIVERED if taken_by else Outcome.NOBODY), taken_by
+
+    def _offer(
+        self, notification: Notification, message: Message, connections: tuple[Connection, ...]
+    ) -> int:
+        """Offer to a user's connections and hold; how many took it."""
         if len(connections) == 1:
             # Most users have one device: no lists, no loops.
             (connection,) = connections
-            if not connection.offer(message):
-                self._refused.inc()
-                return Outcome.NOBODY, 0
             if connection.transport == "websocket":
-                self._delivered_websocket.inc()
+                accepted = connection.outbox.put(message.websocket)
+                delivered = self._delivered_websocket
             else:
-                self._delivered_sse.inc()
+                accepted = connection.outbox.put(message.sse)
+                delivered = self._delivered_sse
+            if not accepted:
+                self._refused.inc()
+                return 0
+            delivered.inc()
             self._confirmations.hold(notification, connections)
-            return Outcome.DELIVERED, 1
+            return 1
         offered = [connection for connection in connections if connection.offer(message)]
         # One that took it may have been given up to make room for it in another.
         taken_by = tuple(each for each in offered if each.state is State.OPEN)
         streams = sum(connection.transport == "sse" for connection in taken_by)
         self._count(len(taken_by) - streams, streams, len(connections) - len(taken_by))
-        if not taken_by:
-            return Outcome.NOBODY, 0
-        self._confirmations.hold(notification, taken_by)
-        return Outcome.DELIVERED, len(taken_by)
+        if taken_by:
+            self._confirmations.hold(notification, taken_by)
+        return len(taken_by)
 
     def _send_to_users(
         self,

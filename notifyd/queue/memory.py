@@ -377,16 +377,18 @@ class MemoryAckLedger:
         now = self._clock()
         records = self._records
         for notification_id in ids:
-            recipient = _recipient(records.get((tenant, notification_id)), user_id)
-            if recipient is None:
-                continue
-            if recipient.state == "pending":
-                # Nearly always: no call, for a Pong confirms many at once.
+            record = records.get((tenant, notification_id))
+            if (
+                type(record) is _Recipient
+                and record.state == "pending"
+                and record.user_id == user_id
+            ):
+                # Nearly always: no calls, for a Pong confirms many at once.
                 self._pending -= 1
-                recipient.state = "confirmed"
-                recipient.confirmed_at = now
-                recipient.by = "transport"
-            else:
+                record.state = "confirmed"
+                record.confirmed_at = now
+                record.by = "transport"
+            elif (recipient := _recipient(record, user_id)) is not None:
                 self._confirm(recipient, now, "transport")
 
     def _confirm(self, recipient: _Recipient, now: float, by: Literal["ack", "transport"]) -> None:
@@ -455,10 +457,10 @@ class MemoryAckLedger:
         return total
 
     def _let_go_of_the_oldest(self) -> None:
+        sent, records = self._sent, self._records
         while self._size > self._max_pending and self._order:
             self._let_go(self._order.popleft())
         # Entries of notifications that are gone; without this they would outlive the bound.
-        sent, records = self._sent, self._records
         while sent and sent[0] not in records:
             sent.popleft()
             self._sent_at.popleft()
