@@ -40,12 +40,13 @@ class _Stored:
 class _Log:
     """One user's pending entries, by notification id in the order of their offsets."""
 
-    __slots__ = ("entries", "next_offset", "overflow")
+    __slots__ = ("entries", "next_offset", "overflow", "told")
 
     def __init__(self, next_offset: int) -> None:
         self.entries: dict[str, _Stored] = {}
         self.next_offset = next_offset
         self.overflow: Overflow | None = None
+        self.told = False
 
 
 class MemoryUserLogs:
@@ -127,14 +128,11 @@ class MemoryUserLogs:
         )
         del log.entries[victim.notification.id]
         self._depth -= 1
-        told = log.overflow
-        log.overflow = (
-            Overflow(1, victim.offset, victim.offset)
-            if told is None
-            else Overflow(
-                told.count + 1, min(told.first, victim.offset), max(told.last, victim.offset)
-            )
+        before = log.overflow or Overflow(0, victim.offset, victim.offset)
+        log.overflow = Overflow(
+            before.count + 1, min(before.first, victim.offset), max(before.last, victim.offset)
         )
+        log.told = False
         self._on_dropped()
         return True
 
@@ -146,7 +144,8 @@ class MemoryUserLogs:
         now = self._clock()
         overflow = None
         if after == 0:
-            overflow, log.overflow = log.overflow, None
+            overflow = log.overflow
+            log.told = True
         page: list[Entry] = []
         size = 0
         for stored in log.entries.values():
@@ -157,6 +156,8 @@ class MemoryUserLogs:
             if page and size > max_bytes:
                 return Page(page, page[-1].offset, overflow)
             page.append(entry)
+        if after == 0 and not page:
+            log.overflow = None
         self._forget_if_empty(tenant, user_id, log)
         return Page(page, None, overflow)
 
@@ -167,6 +168,8 @@ class MemoryUserLogs:
             return frozenset()
         found = frozenset(id for id in ids if log.entries.pop(id, None) is not None)
         self._depth -= len(found)
+        if found and log.told:
+            log.overflow = None
         self._forget_if_empty(tenant, user_id, log)
         return found
 
@@ -251,6 +254,8 @@ class MemoryAckLedger:
         on_expired: Callable[[int], None],
     ) -> None:
         self._timeout_seconds = timeout_seconds
+        # Nobody is let go of before he is late.
+        self._retention = max(LEDGER_RETENTION_SECONDS, timeout_seconds)
         self._max_pending = max_pending
         self._clock = clock
         self._on_acknowledged = on_acknowledged
@@ -449,7 +454,7 @@ class MemoryAckLedger:
                 await asyncio.sleep(0)
         while self._order:
             record = self._records[self._order[0]]
-            if record.recorded_at + LEDGER_RETENTION_SECONDS > now:
+            if record.recorded_at + self._retention > now:
                 break
             self._let_go(self._order.popleft())
             if len(self._order) % RECORDS_PER_TURN == 0:

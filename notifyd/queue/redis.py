@@ -46,7 +46,9 @@ REST_SECONDS = 86_400
 CORRUPT_SECONDS = 7 * 86_400
 CORRUPT_PER_BUCKET = 100
 LEDGER_RETENTION_SECONDS = 3600
-LEDGER_KEEP_SECONDS = LEDGER_RETENTION_SECONDS + 86_400
+LEDGER_GRACE_SECONDS = 86_400
+"""How long the ledger's keys outlive what it keeps, for a sweep that counts it off."""
+
 ACK_TIME_SAMPLES = 1024
 USERS_PER_CALL = 200
 RECIPIENTS_PER_CALL = 1000
@@ -281,7 +283,9 @@ class RedisUserLogs:
             more = True
             while more:
                 args = (_milliseconds(self._clock), USERS_PER_CALL)
-                names: list[bytes] = await self._redis.run(self._due, (bucket.due,), args)
+                keys = (bucket.depth, bucket.due)
+                lost, names = await self._redis.run(self._due, keys, args)
+                vanished |= bool(lost)
                 more = len(names) == USERS_PER_CALL
                 calls = [
                     self._redis.run(
@@ -295,8 +299,9 @@ class RedisUserLogs:
                     expired += dropped
                     vanished |= bool(gone)
             if vanished:
-                keys = (bucket.depth, bucket.due)
-                await self._redis.run(self._recount, keys, (bucket.order,))
+                await self._redis.run(
+                    self._recount, keys, (bucket.order, 2 * (self._ttl + self._grace))
+                )
         return expired
 
     async def depth(self) -> int:
@@ -336,6 +341,9 @@ class RedisAckLedger:
         self._redis = redis
         self._keys = keys.ledger
         self._timeout = int(timeout_seconds * 1_000_000)
+        # Nobody is let go of before he is late.
+        self._retention = max(LEDGER_RETENTION_SECONDS, int(timeout_seconds))
+        self._keep = (self._retention + LEDGER_GRACE_SECONDS) * 1000
         self._max_pending = max_pending
         self._on_acknowledged = on_acknowledged
         self._on_expired = on_expired
@@ -370,7 +378,7 @@ class RedisAckLedger:
             (
                 _microseconds(self._clock),
                 self._timeout,
-                LEDGER_KEEP_SECONDS * 1000,
+                self._keep,
                 self._max_pending,
                 kind,
                 name,
@@ -429,7 +437,7 @@ class RedisAckLedger:
             how,
             f"u{user_id}",
             ACK_TIME_SAMPLES,
-            LEDGER_KEEP_SECONDS * 1000,
+            self._keep,
         )
         return self._redis.run(self._confirm, keys, args, convert)
 
@@ -449,7 +457,7 @@ class RedisAckLedger:
             args = (
                 _microseconds(self._clock),
                 self._timeout,
-                LEDGER_RETENTION_SECONDS * 1_000_000,
+                self._retention * 1_000_000,
                 SWEPT_PER_CALL,
                 keys.record,
                 keys.pending,

@@ -3,6 +3,7 @@ and that everything works again by itself."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from statistics import median
@@ -10,7 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
+from notifyd.resilience import BreakerState
 from tests.adversity.store_faults import (
     AWAY,
     FAULTS,
@@ -68,7 +71,11 @@ async def settled_in(host: Host, user_id: str, query: str = "") -> WebSocketList
     """A connection whose replay is over: before that, a store that fails is told by `gap`."""
     websocket = await host.websocket(user_id, query=query)
     await host.publish(user(user_id), payload="hello")
-    assert (await websocket.expect("notification"))["payload"] == "hello"
+    while (message := await websocket.receive())["type"] == "gap":
+        pass  # On a busy machine the store may be late without any fault.
+    assert message["payload"] == "hello"
+    # Stored first, it may have come while the replay was under way, which then looks once more.
+    await until(lambda: not host.notifyd._replayer._again, "the end of the replay")
     return websocket
 
 
@@ -96,11 +103,15 @@ async def recovered(host: Host, store: FaultyStore) -> None:
     async def well() -> bool:
         health = (await host.get("/health", key=READ_KEY)).json()
         status: str = health[store.name]["status"]
-        return health["status"] == "healthy" and status == "connected"
+        # In one look: what failed last may still be on its way to the breaker.
+        return (
+            health["status"] == "healthy"
+            and status == "connected"
+            and await breaker(host, store) == 0
+            and await host.metric(f"{store.name}_up") == 1
+        )
 
     await eventually(well, f"the recovery of {store.name}")
-    assert await breaker(host, store) == 0
-    assert await host.metric(f"{store.name}_up") == 1
 
 
 @pytest.mark.parametrize(("store", "fault_name"), DOWN)
@@ -162,13 +173,14 @@ async def test_who_is_away_is_refused_and_soon_at_once(
         assert message.get("payload") not in {"refused", "several"}
 
 
-@pytest.mark.parametrize("breaker_is", ["closed", "open"])
-@pytest.mark.parametrize(("store", "fault_name"), DOWN)
+# What can be read is replayed until a write finds that the store takes none.
+@pytest.mark.parametrize(
+    ("store", "fault_name", "breaker_is"),
+    [*((*case, "open") for case in DOWN), *((*case, "closed") for case in cases(AWAY))],
+)
 async def test_who_connects_meanwhile_is_told_and_gets_his_queue_when_it_is_back(
-    faulty: FaultyStore, fault: Fault, start_on: StartServer, fault_name: str, breaker_is: str
+    faulty: FaultyStore, fault: Fault, start_on: StartServer, breaker_is: str
 ) -> None:
-    if breaker_is == "closed" and fault_name in UNWRITABLE:
-        pytest.skip("what can be read is replayed until a write finds that the store takes none")
     host = await start_on("sockets", **faulty.given())
     for n in range(3):
         assert (await host.publish(user("ann"), payload=n))["outcome"] == "queued"
@@ -188,6 +200,40 @@ async def test_who_connects_meanwhile_is_told_and_gets_his_queue_when_it_is_back
     assert (await ann.ack(*(each["id"] for each in replayed)))["type"] == "acked"
 
 
+@pytest.mark.parametrize("store", ["redis", "postgres"])
+async def test_a_stream_is_told_and_gets_its_queue_when_it_is_back(
+    faulty: FaultyStore, start_on: StartServer
+) -> None:
+    host = await start_on("sockets", **faulty.given())
+    await host.publish(user("ann"), payload="queued")
+    async with FAULTS["refused"](faulty):
+        ann = await host.sse("ann")
+        assert (await ann.expect("gap"))["reason"] == "queue_unavailable"
+        await host.publish(user("ann"), payload="live")
+        assert (await ann.expect("notification"))["payload"] == "live"
+    replayed = await ann.expect("notification")
+    assert (replayed["payload"], replayed["metadata"]["replayed"]) == ("queued", True)
+
+
+@pytest.mark.parametrize("store", ["redis", "postgres"])
+async def test_who_connects_waits_for_no_store_however_long_its_timeout(
+    faulty: FaultyStore, start_on: StartServer
+) -> None:
+    """No call is given up here and no breaker opens: the store is slow, and not away."""
+    given = faulty.given()
+    given[faulty.name]["command_timeout_seconds"] = 600.0
+    host = await start_on("sockets", **given)
+    await host.publish(user("ann"), payload="queued")
+    async with FAULTS["stopped"](faulty):
+        ann = await host.websocket("ann")
+        assert (await ann.expect("gap"))["reason"] == "queue_unavailable"
+        await host.publish(user("ann"), payload="live")
+        assert (await ann.expect("notification"))["payload"] == "live"
+        assert getattr(host.notifyd._backends, faulty.name).breaker.state is BreakerState.CLOSED
+    replayed = await ann.expect("notification")
+    assert (replayed["payload"], replayed["metadata"]["replayed"]) == ("queued", True)
+
+
 @pytest.mark.parametrize("comes_back", ["meanwhile", "afterwards"])
 @pytest.mark.parametrize(("store", "fault_name"), DOWN)
 async def test_what_a_dying_connection_held_is_kept_until_the_store_is_back(
@@ -197,7 +243,9 @@ async def test_what_a_dying_connection_held_is_kept_until_the_store_is_back(
     writes = host.notifyd._writes
     dying = await host.raw_websocket("ann", query="acks=1")
     await host.publish(user("ann"), payload="first")
-    first = await dying.receive()
+    while (first := await dying.receive())["type"] == "gap":
+        pass  # As in settled_in.
+    await until(lambda: not host.notifyd._replayer._again, "the end of the replay")
     async with fault(faulty):
         ids = [first["id"]]
         for n in range(3):
@@ -287,7 +335,7 @@ async def test_a_pong_confirms_though_the_store_is_down(
 
 @pytest.mark.parametrize(("store", "fault_name"), ALL)
 async def test_what_was_answered_queued_arrives(
-    faulty: FaultyStore, fault: Fault, start_on: StartServer
+    faulty: FaultyStore, fault: Fault, start_on: StartServer, fault_name: str
 ) -> None:
     host = await start_on("sockets", **faulty.given())
     stored = []
@@ -308,6 +356,8 @@ async def test_what_was_answered_queued_arrives(
     await recovered(host, faulty)
     await some("after")
     assert stored[-1] == f"after-{THRESHOLD}"
+    if faulty.name == "redis" and fault_name not in UNWRITABLE:
+        assert await host.metric("redis_reconnects_total") >= 1
     ann = await host.websocket("ann", query="acks=1")
     got = []
     while (message := await ann.receive())["type"] == "notification":
@@ -338,7 +388,17 @@ async def test_always_sends_nothing_that_is_not_stored(
             assert (await send(host, "ann", payload="refused")).status_code == 503
             took.append(time.perf_counter() - started)
         assert median(took[THRESHOLD:]) < AT_ONCE
+        several = (await send(host, "ann", "bob", payload="refused")).json()
+        assert (several["delivered_to"], several["queued"], several["failed"]) == (0, 0, 2)
+        assert {each["reason"] for each in several["results"].values()} == {"unavailable"}
         await ann.nothing_came()
+        # What nothing keeps goes on.
+        await host.publish({"type": "broadcast"}, payload="for all")
+        await host.publish(user("ann"), payload="now or never", ttl=0)
+        assert [each["payload"] for each in await ann.notifications(2)] == [
+            "for all",
+            "now or never",
+        ]
         ready = await host.get("/health/ready", key=None)
         assert ready.status_code == 503
         assert faulty.name in ready.json()["error"]["message"]
@@ -351,6 +411,23 @@ async def test_always_sends_nothing_that_is_not_stored(
         # One that timed out may have been stored: it comes from there, marked.
         assert heard[-1]["metadata"]["replayed"]
         heard.append(await ann.expect("notification"))
+
+
+@pytest.mark.parametrize("store", ["redis", "postgres"])
+async def test_a_store_that_hangs_does_not_hold_up_the_end(
+    faulty: FaultyStore, start_on: StartServer
+) -> None:
+    given = faulty.given(server={"shutdown_grace_seconds": 0.5})
+    given[faulty.name]["command_timeout_seconds"] = 600.0
+    host = await start_on("sockets", **given)
+    ann = await settled_in(host, "ann", "acks=1")
+    await host.publish(user("ann"), payload="second")
+    await ann.notifications(1)
+    async with FAULTS["stopped"](faulty):
+        with capture_logs() as log:
+            async with asyncio.timeout(2 * WAIT):
+                await host.shut_down()
+    assert [each["lost"] for each in log if "lost" in each] == [2]
 
 
 @pytest.mark.parametrize("store", ["redis", "postgres"])
@@ -408,6 +485,14 @@ async def test_figures_are_told_without_the_store(
     faulty: FaultyStore, start_on: StartServer
 ) -> None:
     host = await start_on("sockets", **faulty.given())
+    breaker = getattr(host.notifyd._backends, faulty.name).breaker
+    with capture_logs() as log:
+        async with FAULTS["refused"](faulty):
+            await opened(host, faulty)
+            await until(lambda: breaker.period > 5, "probes that fail")
+        await recovered(host, faulty)
+    said = [each["event"] for each in log if each.get("store") == faulty.name]
+    assert said == ["a store is down", "a store is back"]
     async with FAULTS["refused"](faulty):
         await opened(host, faulty)
         figures = (await host.get("/stats", key=READ_KEY)).json()

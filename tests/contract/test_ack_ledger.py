@@ -177,6 +177,20 @@ class TestAcknowledging:
         assert found is not None
         assert (list(found.recipients), found.acks) == ([], 2)
 
+    @pytest.mark.parametrize("first", ["anyone", "ann"])
+    async def test_whom_it_expects_is_settled_by_the_first(
+        self, backend: Backend, first: str
+    ) -> None:
+        ledger = await backend.ledger()
+        for name in [first, *({"anyone", "ann"} - {first})]:
+            if name == "anyone":
+                await settled(ledger.expect_anyone("acme", FIRST))
+            else:
+                await expect(ledger, FIRST, name)
+        assert await states(ledger, FIRST) == ({} if first == "anyone" else {"ann": "pending"})
+        assert (await stats(ledger)).pending == (first == "ann")
+        assert bool(await acknowledge(ledger, "bob", FIRST)) == (first == "anyone")
+
     async def test_another_tenants_report_is_its_own(self, backend: Backend) -> None:
         ledger = await backend.ledger()
         await expect(ledger, FIRST, "ann", tenant="globex")
@@ -222,6 +236,18 @@ class TestExpiry:
         await expect(ledger, FIRST, "ann")
         assert await states(ledger, FIRST) == {"ann": "pending"}
         assert (await stats(ledger)).pending == 1
+
+    async def test_nobody_is_let_go_of_before_he_is_late(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        ledger = await backend.ledger(timeout_seconds=10_000)
+        await expect(ledger, FIRST, "ann")
+        clock.now += 9_999
+        assert await settled(ledger.expire()) == 0
+        assert await states(ledger, FIRST) == {"ann": "pending"}
+        clock.now += 1
+        assert await settled(ledger.expire()) == 1
+        assert (await stats(ledger)).expired == 1
 
     async def test_at_last_the_ledger_lets_go(self, backend: Backend, clock: Clock) -> None:
         ledger = await backend.ledger()
