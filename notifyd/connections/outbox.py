@@ -7,6 +7,7 @@ to its bounds; beyond them its connection is a slow consumer.
 
 from __future__ import annotations
 
+import os
 from asyncio import AbstractEventLoop, Future
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -112,10 +113,10 @@ class Recipients:
         """The messages, joined, for each transport that is among them."""
         if self._websockets.all:
             data = b"".join([message.websocket for message in messages])
-            yield FanOut(self._websockets, data, len(messages))
+            yield FanOut(self, self._websockets, data, len(messages))
         if self._streams.all:
             data = b"".join([message.sse for message in messages])
-            yield FanOut(self._streams, data, len(messages))
+            yield FanOut(self, self._streams, data, len(messages))
 
 
 class FanOut:
@@ -123,9 +124,12 @@ class FanOut:
     get them, each once, and None in the place of one that was given them before his turn.
     """
 
-    __slots__ = ("_places", "_row", "data", "messages", "rest")
+    __slots__ = ("_places", "_row", "data", "messages", "recipients", "rest")
 
-    def __init__(self, outboxes: Outboxes, data: bytes, messages: int) -> None:
+    def __init__(
+        self, recipients: Recipients, outboxes: Outboxes, data: bytes, messages: int
+    ) -> None:
+        self.recipients = recipients
         self._places = outboxes
         self._row: list[Outbox | None] = list(outboxes.all)
         self.rest = iter(self._row)
@@ -158,6 +162,8 @@ class Flusher:
         self._gathered_bytes = 0
         # Of each tenant in order; of tenants, the one whose turn it is first.
         self._fan_outs: dict[str, deque[FanOut]] = {}
+        self.gathers = False
+        """Whether anything is on its way to many."""
 
     def start(self, loop: AbstractEventLoop) -> None:
         """Flush in this loop's turns."""
@@ -175,6 +181,7 @@ class Flusher:
         if recipients is not self._gathered_for:
             self._join_gathered()
             self._gathered_for = recipients
+            self.gathers = True
         self._gathered.append(message)
         self._gathered_bytes += len(message.json)
         if self._gathered_bytes > WRITE_BYTES:
@@ -242,13 +249,12 @@ class Flusher:
     def _run(self) -> None:
         deadline = self.loop.time() + SLICE_SECONDS
         try:
-            self._join_gathered()
             # What is for one first: it must not wait for what another tenant sends to many.
             if self._flush_some(deadline):
                 self._fan_out_some(deadline)
         finally:
             # Also where one sink failed: the others must not wait for ever.
-            if self._dirty or self._fan_outs:
+            if self._dirty or self.gathers:
                 self.loop.call_soon(self._run)
             else:
                 self._scheduled = False
@@ -277,28 +283,53 @@ class Flusher:
         return True
 
     def _fan_out_some(self, deadline: float) -> None:
-        """Go on with what is for many until the deadline, then it is another tenant's turn."""
+        """Go on with what is for many until the deadline, then it is another tenant's turn: written
+        to outboxes that hold nothing, put into the others."""
+        time, write = self.loop.time, os.write
         countdown = CHECK_EVERY
+        if not self._goes_on():
+            self._join_gathered()
         while self._fan_outs:
             tenant, under_way = next(iter(self._fan_outs.items()))
             fan_out = under_way[0]
             data = fan_out.data
+            length = len(data)
             for outbox in fan_out.rest:
                 if outbox is None:
                     continue
-                if outbox._unhindered and not outbox.size:
-                    # By far the most common case: nothing waits, so nothing is put.
+                if not outbox._unhindered or outbox.size:
+                    self._put(outbox, data, fan_out.messages)
+                elif outbox._descriptor < 0:
                     outbox._write(data)
                 else:
-                    self._put(outbox, data, fan_out.messages)
+                    # By far the most common case: nothing waits, so nothing is put.
+                    try:
+                        written = write(outbox._descriptor, data)
+                    except OSError:
+                        # The transport meets the same, and knows what to do.
+                        written = 0
+                    if written < length:
+                        outbox._write(data[written:])
                 countdown -= 1
                 if not countdown:
-                    if self.loop.time() >= deadline:
+                    if time() >= deadline:
                         # Taken out and put back, it stands last.
                         self._fan_outs[tenant] = self._fan_outs.pop(tenant)
                         return
                     countdown = CHECK_EVERY
             self._ended(tenant, fan_out)
+            if not self._goes_on():
+                self._join_gathered()
+        self.gathers = False
+
+    def _goes_on(self) -> bool:
+        """Whether what gathers goes to those that a fan-out is under way to: it is one fan-out
+        behind that, however much comes meanwhile."""
+        recipients = self._gathered_for
+        if recipients is None:
+            return False
+        under_way = self._fan_outs.get(recipients.tenant)
+        return under_way is not None and under_way[-1].recipients is recipients
 
     def paused(self, outbox: Outbox) -> None:
         """This outbox's transport takes nothing more for now."""
@@ -325,6 +356,7 @@ class Outbox:
 
     __slots__ = (
         "_ahead",
+        "_descriptor",
         "_drained",
         "_flusher",
         "_frames",
@@ -347,6 +379,7 @@ class Outbox:
         self.messages = 0
         self.sink = sink
         self._write = sink.write
+        self._descriptor = -1
         # Not closed nor paused, no replay on, nobody waits for it to drain.
         self._unhindered = True
         self.paused = False
@@ -355,18 +388,26 @@ class Outbox:
         self._drained: Future[None] | None = None
         self.connection: Connection
 
+    def write_to(self, descriptor: int) -> None:
+        """Fan-outs go to this descriptor of a socket, past its transport; -1: through it.
+
+        The transport must pause this outbox as soon as it keeps a single byte back, and the outbox
+        must be closed before the socket is.
+        """
+        self._descriptor = descriptor
+
     def put(self, data: bytes) -> bool:
         """Take whole frames; False where the connection is closed, or was just found too slow."""
         if self.closed:
             return False
         flusher = self._flusher
-        under_way = flusher._gathered_for is not None or flusher._fan_outs
-        if under_way and not flusher.spread_to(self):
+        if flusher.gathers and not flusher.spread_to(self):
             return False
+        length = len(data)
         self._frames.append(data)
-        size = self.size = self.size + len(data)
+        size = self.size = self.size + length
         messages = self.messages = self.messages + 1
-        waiting = flusher.waiting_bytes = flusher.waiting_bytes + len(data)
+        waiting = flusher.waiting_bytes = flusher.waiting_bytes + length
         if not self._scheduled:
             self._scheduled = True
             flusher.schedule(self)
@@ -504,6 +545,7 @@ class Outbox:
         """Drop what was not written; nothing is taken any more."""
         self.closed = True
         self._unhindered = False
+        self._descriptor = -1
         self._frames.clear()
         self._ahead = None
         self._flusher.waiting_bytes -= self.size
