@@ -76,6 +76,9 @@ async def settled_in(host: Host, user_id: str, query: str = "") -> WebSocketList
     assert message["payload"] == "hello"
     # Stored first, it may have come while the replay was under way, which then looks once more.
     await until(lambda: not host.notifyd._replayer._again, "the end of the replay")
+    await websocket.send("Ping")
+    while (await websocket.receive())["type"] != "pong":
+        pass
     return websocket
 
 
