@@ -140,6 +140,11 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
+    def observe_average(self, total: float, count: int) -> None:
+        """Count `count` values that were measured together, each as their average."""
+        self._counts[bisect_left(self._bounds, total / count)] += count
+        self._sum += total
+
     @property
     def count(self) -> int:
         """How many values were observed."""

@@ -40,7 +40,7 @@ class Held:
     def __init__(
         self,
         notification: Notification,
-        connections: list[Connection],
+        connections: tuple[Connection, ...],
         since: float,
         *,
         stored: bool = False,

@@ -70,7 +70,7 @@ class Confirmations:
 
     # --- holding ---
 
-    def hold(self, notification: Notification, connections: Sequence[Connection]) -> None:
+    def hold(self, notification: Notification, connections: tuple[Connection, ...]) -> None:
         """These connections of one user just took it."""
         id = notification.id
         if len(connections) == 1:
@@ -81,18 +81,21 @@ class Confirmations:
                 unconfirmed = connection.unconfirmed = {}
             elif id in unconfirmed:
                 return
-            held = unconfirmed[id] = Held(notification, [connection], self._clock())
+            held = unconfirmed[id] = Held(notification, connections, self._clock())
             self._oldest_first.append(held)
             self.held += 1
             if self.held > self._max_pending:
                 self._move_oldest_to_log()
-            self._ask_soon(connection)
+            if not connection.acks and connection.outbox.sink.pings:
+                self._to_ask[connection] = None
+                if len(unconfirmed) >= ASK_AT and connection.asked is None:
+                    self.ask(connection)
             return
-        takers = [
+        takers = tuple(
             connection
             for connection in connections
             if connection.unconfirmed is None or id not in connection.unconfirmed
-        ]
+        )
         if not takers:
             # Sent again under the same id: one confirmation settles both.
             return
@@ -113,7 +116,7 @@ class Confirmations:
             # Writing it closed the last of the others, so that it went to the log meanwhile.
             self.hold_stored(held.notification, connection)
             return
-        held.connections.append(connection)
+        held.connections += (connection,)
         connection.hold(held)
         self._ask_soon(connection)
 
@@ -126,12 +129,15 @@ class Confirmations:
     ) -> None:
         """These connections of one user took what the user's log keeps until it is settled."""
         id = notification.id
-        takers: list[Connection] = []
+        takers = tuple(
+            connection
+            for connection in connections
+            if connection.unconfirmed is None or id not in connection.unconfirmed
+        )
         held = Held(notification, takers, self._clock(), stored=True)
         for connection in connections:
             known = None if connection.unconfirmed is None else connection.unconfirmed.get(id)
             if known is None:
-                takers.append(connection)
                 connection.hold(held)
             else:
                 known.in_log = True
@@ -140,7 +146,7 @@ class Confirmations:
 
     def hold_homeless(self, notification: Notification, connection: Connection) -> None:
         """A connection took what waited for a store that is away, and may have it or not."""
-        held = Held(notification, [connection], self._clock(), in_log=True)
+        held = Held(notification, (connection,), self._clock(), in_log=True)
         connection.hold(held)
         self._oldest_first.append(held)
         self.held += 1
@@ -184,7 +190,7 @@ class Confirmations:
                 del unconfirmed[id]
                 if not unconfirmed:
                     connection.unconfirmed = None
-        held.connections.clear()
+        held.connections = ()
         if not held.stored:
             self.held -= 1
             self._forget_settled()
@@ -202,7 +208,7 @@ class Confirmations:
         identity = connection.identity
         returned: list[Notification] = []
         for held in unconfirmed.values():
-            held.connections.remove(connection)
+            held.connections = tuple(each for each in held.connections if each is not connection)
             if not held.connections:
                 self._let_go(held)
                 if not held.stored:
@@ -291,7 +297,7 @@ class Confirmations:
             held = unconfirmed.pop(id, None)
             if held is not None:
                 held.settled = True
-                held.connections.clear()
+                held.connections = ()
                 confirmed.append(id)
                 if held.in_log:
                     in_log.append(id)
@@ -302,8 +308,11 @@ class Confirmations:
         self._forget_settled()
 
     def _forget_settled(self) -> None:
-        if len(self._oldest_first) > 2 * self.held + KEPT_SETTLED:
-            self._oldest_first = deque(each for each in self._oldest_first if not each.settled)
+        oldest_first = self._oldest_first
+        while oldest_first and oldest_first[0].settled:
+            oldest_first.popleft()
+        if len(oldest_first) > 2 * self.held + KEPT_SETTLED:
+            self._oldest_first = deque([each for each in oldest_first if not each.settled])
 
     # --- while a replay is on ---
 
