@@ -174,6 +174,7 @@ class Confirmations:
             unconfirmed = connection.unconfirmed
             if unconfirmed is not None and id in unconfirmed:
                 del unconfirmed[id]
+                connection.ack_credit += 1
                 if not unconfirmed:
                     connection.unconfirmed = None
         held.connections.clear()
@@ -284,6 +285,7 @@ class Confirmations:
                     in_log.append(id)
                 if not held.stored:
                     self.held -= 1
+        connection.ack_credit += len(confirmed)
         if not unconfirmed:
             connection.unconfirmed = None
         self._forget_settled()
