@@ -70,6 +70,9 @@ class Backends:
         self.redis = self._make_redis() if "redis" in settings.backends else None
         self.redis_keys = RedisKeys(settings.redis.key_prefix)
         self.postgres = self._make_postgres() if "postgres" in settings.backends else None
+        for store in ("redis", "postgres"):
+            if store not in settings.backends:
+                metrics.leave_out(store)
         self.logs = self._make_logs() if settings.queue.enabled else None
         self.ledger = self._make_ledger(on_acknowledged) if settings.ack.enabled else None
         kept_in: Backend = settings.queue.backend if settings.queue.enabled else "memory"
