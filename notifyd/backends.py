@@ -37,7 +37,7 @@ from notifyd.queue.redis_keys import RedisKeys
 from notifyd.ratelimit.base import Limit
 from notifyd.ratelimit.bucket import Rate
 from notifyd.ratelimit.limits import RateLimits, Rates
-from notifyd.ratelimit.local import LocalLimit
+from notifyd.ratelimit.local import MAX_BUCKETS, LocalLimit
 from notifyd.ratelimit.redis import RedisLimit
 from notifyd.redis_client import Redis
 from notifyd.resilience import BreakerState, CircuitBreaker
@@ -229,7 +229,7 @@ class Backends:
         return RateLimits(Rates(settings.ratelimit, settings.auth), self._make_limit, self._metrics)
 
     def _make_limit(self, name: str, rate: Rate) -> Limit:
-        local = LocalLimit(rate, clock=self._clock)
+        local = LocalLimit(rate, clock=self._clock, max_buckets=MAX_BUCKETS)
         self._local_limits.append(local)
         if self.redis is not None and self._settings.ratelimit.backend == "redis":
             return RedisLimit(self.redis, self.redis_keys, name, local)

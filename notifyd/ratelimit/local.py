@@ -10,7 +10,7 @@ from notifyd.ratelimit.base import Verdict
 from notifyd.ratelimit.bucket import Bucket, Rate
 
 MAX_BUCKETS = 100_000
-"""Callers remembered by one limit; beyond it, who was seen longest ago begins anew."""
+"""Callers that one limit remembers; beyond it, who was seen longest ago begins anew."""
 
 SWEPT_PER_TURN = 1000
 
@@ -22,9 +22,7 @@ class LocalLimit:
     those whose buckets are full for sure are the first.
     """
 
-    def __init__(
-        self, rate: Rate, *, clock: Callable[[], float], max_buckets: int = MAX_BUCKETS
-    ) -> None:
+    def __init__(self, rate: Rate, *, clock: Callable[[], float], max_buckets: int) -> None:
         self.rate = rate
         self._clock = clock
         self._max_buckets = max_buckets

@@ -59,10 +59,10 @@ async def make(
     request: pytest.FixtureRequest, stack: AsyncExitStack, keys: RedisKeys, clock: Clock
 ) -> Make:
     if request.param == "local":
-        return lambda rate: LocalLimit(rate, clock=clock)
+        return lambda rate: LocalLimit(rate, clock=clock, max_buckets=100)
     redis = await a_redis(request.getfixturevalue("redis_url"), stack, keys)
     return lambda rate: RedisLimit(
-        redis, keys, "test", LocalLimit(rate, clock=no_clock), clock=clock
+        redis, keys, "test", LocalLimit(rate, clock=no_clock, max_buckets=100), clock=clock
     )
 
 
@@ -115,8 +115,10 @@ def test_redis_lets_the_same_through_as_this_process(
         async with AsyncExitStack() as stack:
             clock, keys = Clock(), RedisKeys(f"test-{new_uuid()}")
             redis = await a_redis(redis_url, stack, keys)
-            here = LocalLimit(rate, clock=clock)
-            there = RedisLimit(redis, keys, "t", LocalLimit(rate, clock=no_clock), clock=clock)
+            here = LocalLimit(rate, clock=clock, max_buckets=100)
+            there = RedisLimit(
+                redis, keys, "t", LocalLimit(rate, clock=no_clock, max_buckets=100), clock=clock
+            )
             milliseconds = int(NOW * 1000)
             for passed, times in calls:
                 milliseconds += passed
@@ -139,7 +141,7 @@ class TestRedis:
                 await a_redis(redis_url, stack, keys),
                 keys,
                 "test",
-                LocalLimit(SLOW, clock=no_clock),
+                LocalLimit(SLOW, clock=no_clock, max_buckets=100),
             )
             for _ in range(3)
         ]
@@ -152,7 +154,7 @@ class TestRedis:
         self, redis_url: str, stack: AsyncExitStack, keys: RedisKeys
     ) -> None:
         redis = await a_redis(redis_url, stack, keys)
-        limit = RedisLimit(redis, keys, "test", LocalLimit(SLOW, clock=no_clock))
+        limit = RedisLimit(redis, keys, "test", LocalLimit(SLOW, clock=no_clock, max_buckets=100))
         await take(limit, "a b", 3)
         key = keys.rate_limit("test-1.360000.10", "a b")
         assert key.endswith(":{rate|test-1.360000.10|a%20b}")
@@ -166,5 +168,7 @@ class TestRedis:
     ) -> None:
         redis = await a_redis(redis_url, stack, keys)
         for rate in (SLOW, Rate.parse("20/hour")):
-            limit = RedisLimit(redis, keys, "test", LocalLimit(rate, clock=no_clock))
+            limit = RedisLimit(
+                redis, keys, "test", LocalLimit(rate, clock=no_clock, max_buckets=100)
+            )
             assert sum(each.allowed for each in await take(limit, times=25)) == rate.burst

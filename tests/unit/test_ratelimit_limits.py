@@ -34,7 +34,7 @@ class Made:
 
     def make(self, name: str, rate: Rate) -> Limit:
         self.limits.append((name, rate))
-        return LocalLimit(rate, clock=Clock())
+        return LocalLimit(rate, clock=Clock(), max_buckets=100)
 
     def counted(self, kind: str) -> tuple[float, float]:
         metrics = self.metrics
@@ -46,14 +46,12 @@ class Made:
 
 def test_the_rates_are_those_of_the_settings() -> None:
     made = Made()
-    assert sorted(made.limits) == sorted(
-        [
-            ("key", Rate(1, 100, 3)),
-            ("key", Rate(1, 3_600_000, 1)),
-            ("address", Rate(1, 100, 3)),
-            ("connect", Rate(1, 30_000, 2)),
-        ]
-    )
+    assert set(made.limits) == {
+        ("key", Rate(1, 100, 3)),
+        ("key", Rate(1, 3_600_000, 1)),
+        ("address", Rate(1, 100, 3)),
+        ("connect", Rate(1, 30_000, 2)),
+    }
     assert made.rate_limits.rates.messages == Rate(1, 200, 7)
 
 
