@@ -651,12 +651,13 @@ class PostgresUserLogs:
             ),
         )
         if telling := [page for page in pages if page.tells]:
+            empty = {page.log_id: not page.entries and not page.corrupt for page in telling}
             rows = await connection.fetch(
-                QUERIES["tell_overflow"], [page.log_id for page in telling]
+                QUERIES["tell_overflow"], list(empty), list(empty.values())
             )
             told = {log_id: Overflow(*overflow) for log_id, *overflow in rows}
             for page in telling:
-                page.overflow = told.pop(page.log_id, None)
+                page.overflow = told.get(page.log_id)
         aside = [
             (page.log_id, offset, error.reason) for page in pages for offset, error in page.corrupt
         ]
@@ -956,13 +957,16 @@ class PostgresAckLedger:
                 [id for _, id in wanted],
                 [call.at for call in first.values()],
                 [call.recipients is None for call in first.values()],
-                [len(users) for users in wanted.values()],
+                [0 if call.recipients is None else len(wanted[key]) for key, call in first.items()],
             )
             records: dict[int, dict[str, _Expect]] = {}
             before: list[int] = []
-            for record_id, tenant, id, fresh in rows:
-                records[record_id] = wanted[tenant, str(id)]
+            for record_id, tenant, id, anyone, fresh in rows:
                 change.size += fresh
+                if anyone:
+                    # What anybody may ack expects nobody in particular later either.
+                    continue
+                records[record_id] = wanted[tenant, str(id)]
                 if not fresh:
                     before.append(record_id)
             known = await self._find(
