@@ -137,10 +137,15 @@ def store(request: pytest.FixtureRequest) -> Literal["redis", "postgres"]:
     return chosen
 
 
-@pytest.fixture
-def kept(request: pytest.FixtureRequest, store: str) -> dict[str, dict[str, Any]]:
+def sections_of(request: pytest.FixtureRequest, store: str) -> dict[str, dict[str, Any]]:
     """Settings of one who keeps everything in `store`, in a place of the test's own."""
     of_store: dict[str, Any] = {"url": request.getfixturevalue(f"{store}_url")}
     if store == "redis":
         of_store["key_prefix"] = f"test-{uuid4().hex}"
     return {"queue": {"backend": store}, "ack": {"backend": store}, store: of_store}
+
+
+@pytest.fixture
+def kept(request: pytest.FixtureRequest, store: str) -> dict[str, dict[str, Any]]:
+    """Settings of one who keeps everything in `store`."""
+    return sections_of(request, store)

@@ -61,9 +61,10 @@ class Connection:
     `address` and `user_agent` are the client's, as far as known; `opened_at` and `last_heard` in
     Unix seconds. `acks`: the client acknowledges by itself, so that a sign of life confirms
     nothing. `unconfirmed` maps notification ids to what is held, in order of delivery; `asked` is
-    the counter of the Ping that is out and the ids that its Pong will confirm. `ack_credit` counts
-    what was held and is settled, and may be acked all the same; `budget` is what the client may
-    still say, once that was asked.
+    the counter of the Ping that is out and the ids that its Pong will confirm. `replays` counts the
+    replays that took more than one turn of the event loop, from their beginning. `ack_credit`
+    counts what was held and is settled, and may be acked all the same; `budget` is what the client
+    may still say, once that was asked.
     """
 
     __slots__ = (
@@ -78,6 +79,7 @@ class Connection:
         "last_heard",
         "opened_at",
         "outbox",
+        "replays",
         "state",
         "subscriptions",
         "transport",
@@ -113,6 +115,7 @@ class Connection:
         self.beat = 0
         self.ack_credit = 0
         self.budget: MessageBudget | None = None
+        self.replays = 0
 
     def offer(self, message: Message) -> bool:
         """Put a message into the outbox, behind a replay; False where it cannot be taken."""

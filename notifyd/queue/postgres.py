@@ -28,7 +28,14 @@ from notifyd.errors import Conflict, NotFound, RateLimited, Unavailable, Validat
 from notifyd.idempotency import MAX_WAITERS, Fresh, KeptAnswer, Replay, Scope, Wait
 from notifyd.identifiers import is_canonical_uuid
 from notifyd.notification import Notification, Priority
-from notifyd.postgres import Connection, Postgres, Turn, load_migrations, load_queries
+from notifyd.postgres import (
+    CLOSE_SECONDS,
+    Connection,
+    Postgres,
+    Turn,
+    load_migrations,
+    load_queries,
+)
 from notifyd.queue.base import (
     AckReport,
     AckStats,
@@ -888,8 +895,9 @@ class PostgresAckLedger:
         self._calls: Turn[_LedgerCall] = Turn(self._note, take=_take_ledger_calls)
 
     async def aclose(self) -> None:
-        """Fail what waits. What is under way may be noted all the same."""
-        await self._calls.aclose()
+        """Note what waits, for two seconds at most. What is under way then may be noted all the
+        same."""
+        await self._calls.aclose(CLOSE_SECONDS)
 
     # --- calls ---
 
@@ -1502,8 +1510,9 @@ class PostgresIdempotencyKeys:
         self._calls: Turn[_KeyCall] = Turn(self._work, take=_take_some(ROWS_PER_BATCH))
 
     async def aclose(self) -> None:
-        """Fail what waits; keys that are at work are given up as their lease runs out."""
-        await self._calls.aclose()
+        """Keep the answers that wait, for two seconds at most; keys that are still at work are
+        given up as their lease runs out."""
+        await self._calls.aclose(CLOSE_SECONDS)
 
     def claim(self, scope: Scope, fingerprint: bytes) -> Awaitable[Fresh | Replay | Wait]:
         """Who works on this key.

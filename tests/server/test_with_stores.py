@@ -122,7 +122,7 @@ async def test_what_clients_had_not_confirmed_is_stored_before_the_end(
     bob = await first.sse("bob")
     for n in range(5):
         await first.publish(user("ada"), payload=n)
-        await first.publish({"type": "users", "value": ["bob", "cleo"]}, payload=n)
+        sent = await first.publish({"type": "users", "value": ["bob", "cleo"]}, payload=n)
     acked = (await ada.notifications(5))[2]
     assert (await ada.ack(acked["id"]))["type"] == "acked"
     await bob.notifications(5)
@@ -130,6 +130,9 @@ async def test_what_clients_had_not_confirmed_is_stored_before_the_end(
     assert (await ada.rest())[-1]["type"] == "shutdown"
     second = await start_on("sockets", **kept)
     assert await second.metric("queue_messages") == 14
+    report = await second.get(f"/api/v1/notifications/{sent['notification_id']}/acks")
+    states = {each["user_id"]: each["state"] for each in report.json()["recipients"]}
+    assert states == {"bob": "queued", "cleo": "queued"}
     assert await replayed(second, "ada") == [0, 1, 3, 4]
     assert await replayed(second, "bob") == list(range(5))
     assert await replayed(second, "cleo") == list(range(5))
