@@ -42,6 +42,8 @@ ADDRESS = Meta(extra={"address": True})
 
 Backend = Literal["memory", "redis", "postgres"]
 
+RATE = "^[1-9][0-9]{0,5}/(second|minute|hour|day)$"
+
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Some options. Secret ones never show in its repr, and so in no log and no traceback."""
@@ -140,7 +142,7 @@ class ApiKeySettings(Section, frozen=True, kw_only=True):
         Annotated[datetime, Meta(tz=True)] | None, says("When it ends, with its time zone.")
     ] = None
     rate: Annotated[
-        Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,5}/(second|minute|hour|day)$")] | None,
+        Annotated[str, Meta(pattern=RATE)] | None,
         says("A rate of its own, as 1000/hour; needs ratelimit.enabled."),
     ] = None
 

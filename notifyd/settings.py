@@ -24,6 +24,7 @@ from msgspec import inspect
 from notifyd.errors import ConfigurationError
 from notifyd.identity import DEFAULT_TENANT
 from notifyd.options import (
+    RATE,
     AckSettings,
     ApiKeySettings,
     AuthSettings,
@@ -420,6 +421,8 @@ def _api_keys(auth: AuthSettings, *, limited: bool) -> Iterator[str]:
                 f'{option}: rate "{key.rate}" holds only where limits are on; set '
                 "ratelimit.enabled to true, or remove it"
             )
+        elif key.rate is not None and not re.search(RATE, key.rate):
+            yield f'{option}: rate "{key.rate}" is no rate; write it as "1000/hour"'
         if key.tenant_id not in {None, DEFAULT_TENANT}:
             yield (
                 f'{option}: tenant_id "{key.tenant_id}" is refused, there are no tenants but '

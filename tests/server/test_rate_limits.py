@@ -158,6 +158,18 @@ async def test_without_a_key_that_is_known_it_is_by_address(start: StartServer) 
     assert (await host.get("/api/v1/channels")).status_code == 200
 
 
+async def test_a_stranger_s_large_body_counts_in_both_lanes(start_on: StartServer) -> None:
+    host = await limited(start_on, ratelimit={"http_requests_per_second": 1, "http_burst": 2})
+    body = {**EVENT, "payload": "x" * 30_000}
+    for path, left in ((PUBLISH, 1), (f"{PUBLISH}?x=1", 0)):
+        response = await host.post(path, body, key="a-key-that-is-not-known")
+        assert (response.status_code, told(response)[1]) == (401, left)
+        assert response.headers["Connection"] == "close"
+    for path in (PUBLISH, f"{PUBLISH}?x=1"):
+        assert refused(await host.post(path, body, key="a-key-that-is-not-known")) == 1
+    assert (await host.post(PUBLISH, body)).status_code == 200
+
+
 async def test_a_key_on_a_route_that_is_open_is_taken_for_its_caller(start: StartServer) -> None:
     host = await limited(start, ratelimit={"http_requests_per_second": 1, "http_burst": 1})
     assert (await host.get("/metrics", key=READ_KEY)).status_code == 200
