@@ -36,12 +36,12 @@ CLOSE_REASONS = (
     "unauthorized",  # 4001
     "forbidden",  # 4003
     "slow",  # 4008
-    "connection_limit",  # 4009 and 4029
     "evicted",  # 4009, for a newer connection of the same user
     "token_expired",  # 4010
     "idle",  # 4012
     "rate_limited",  # 4029
 )
+LIMITED = ("http", "connection", "message")
 CORRUPT_REASONS = ("not_json", "version", "shape", "template")
 FAILURE_REASONS = ("queue_full", "slow", "unavailable", "too_large")
 
@@ -354,6 +354,16 @@ class Metrics:
         )
         self.ack_seconds = self._histogram(
             "ack_seconds", "From delivery to acknowledgement.", MILLISECONDS_TO_MINUTES
+        )
+        self.ratelimit_allowed_total = self._counters(
+            "ratelimit_allowed_total",
+            "Requests, handshakes and messages let through, where limits are on.",
+            kind=LIMITED,
+        )
+        self.ratelimit_denied_total = self._counters(
+            "ratelimit_denied_total",
+            "Requests, handshakes and messages that were over a rate.",
+            kind=LIMITED,
         )
         self.redis_up = self._gauge("redis_up", "Whether there is a connection to Redis (1 or 0).")
         self.redis_breaker_state = self._gauge(

@@ -6,6 +6,7 @@
     prefix:{acks}:stats                        what the ledger counts, with order, due and times
     prefix:{<tenant>}:templates
     prefix:{idem-<digest of a scope>}
+    prefix:{rate|<limit>|<caller>}             a bucket of tokens
     prefix:probe
 
 Names are percent-encoded, so that no name reaches another's keys: a tenant's cannot hold the bar
@@ -108,3 +109,7 @@ class RedisKeys:
         """What is known of an idempotency key; hashed, for it may be long, or somebody's secret."""
         digest = hashlib.blake2b(msgspec.json.encode(scope), digest_size=20).hexdigest()
         return f"{self._prefix}:{{idem-{digest}}}"
+
+    def rate_limit(self, limit: str, who: str) -> str:
+        """A caller's bucket under the limit of this name, which has no bar in it."""
+        return f"{self._prefix}:{{rate|{limit}|{_encoded(who)}}}"
