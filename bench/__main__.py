@@ -13,9 +13,12 @@ from types import FrameType
 from bench.errors import BenchError
 from bench.machine import choose_cores, other_work, versions
 from bench.report import Row, console_line, write_results
-from bench.scenarios import SCENARIOS, open_bench
+from bench.scenarios import SCENARIOS as OWN_SCENARIOS
+from bench.scenarios import open_bench
+from bench.store_scenarios import STORE_SCENARIOS
 from bench.subjects import DEFAULT_COMMAND
 
+SCENARIOS = {**OWN_SCENARIOS, **STORE_SCENARIOS}
 RESULTS = Path(__file__).parent / "results.md"
 
 

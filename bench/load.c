@@ -53,6 +53,7 @@ static int window = 1;                 // publishes in flight, closed loop
 static double rate;                    // publishes a second, open loop; 0: closed loop
 static double seconds = 5, warmup = 0.5, drain = 5, stall = 5;
 static bool to_one;                    // publish number n goes to subscriber n mod N, not to all
+static int spread = 1;                 // without subscribers, so many recipients take turns
 static int stalled;                    // the last so many subscribers never read
 static int expected_status = 200;
 static bool wait_for_line;             // say when connected, then wait for a line before publishing
@@ -533,7 +534,7 @@ static char *read_file(const char *name, size_t *length) {
 }
 
 // The request as it goes out, but for the digits: {mark} in the body becomes a mark, {to} the
-// recipient's number in five digits. All have one length, so Content-Length never changes.
+// recipient's number in five digits (without subscribers: 0 to --spread - 1 in turn). All have one length, so Content-Length never changes.
 static void build_request(void) {
   size_t n, at = 0;
   char *text = read_file(body_file, &n), *body = allocate(n * 8 + 64, 1);
@@ -582,7 +583,7 @@ static void write_publisher(struct publisher *s) {
 // `at` is when the publish was due, so that an open loop's latencies contain the waiting.
 static void publish(struct publisher *s, uint64_t at) {
   uint32_t number = (uint32_t)published, c = (uint32_t)(s - senders);
-  uint32_t to = connections ? number % (uint32_t)connections : 0;
+  uint32_t to = number % (uint32_t)(connections ? connections : spread);
   uint32_t *sequence = connections ? sent_slot(to, c) : &sent[c];
   for (size_t i = 0; i < place_count; i++) {
     char *p = s->request + places[i].offset, digits[16];
@@ -902,7 +903,7 @@ int main(int count, char **arguments) {
       {"window", 1, 0, 'w'},        {"rate", 1, 0, 'R'},      {"seconds", 1, 0, 'd'},
       {"warmup", 1, 0, 'W'},        {"drain", 1, 0, 'D'},     {"stall", 1, 0, 'S'},
       {"target", 1, 0, 'T'},        {"stalled", 1, 0, 'x'},   {"status", 1, 0, 'c'},
-      {"wait", 0, 0, 'l'},          {0, 0, 0, 0}};
+      {"spread", 1, 0, 'q'},        {"wait", 0, 0, 'l'},      {0, 0, 0, 0}};
   int o;
   while ((o = getopt_long(count, arguments, "", options, NULL)) != -1) switch (o) {
     case 't': transport = optarg; break;
@@ -929,12 +930,13 @@ int main(int count, char **arguments) {
     case 'T': to_one = !strcmp(optarg, "one"); break;
     case 'x': stalled = atoi(optarg); break;
     case 'c': expected_status = atoi(optarg); break;
+    case 'q': spread = atoi(optarg); break;
     case 'l': wait_for_line = true; break;
     default: return 2;
   }
   if (optind < count) mode = arguments[optind];
   to_one = to_one && connections;
-  if (port < 1 || connections < 0 || stalled > connections || window < 1 || parallel < 1 ||
+  if (port < 1 || connections < 0 || stalled > connections || window < 1 || spread < 1 || parallel < 1 ||
       (strcmp(transport, "ws") && strcmp(transport, "sse")))
     die(2, "bad options");
   struct rlimit files;

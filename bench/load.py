@@ -43,7 +43,8 @@ class Publishing:
     """What is published: in a body, `{mark}` is replaced by the mark, `{to}` by the recipient.
 
     `rate` (a second) makes the loop an open one; otherwise a publish goes out when everybody got
-    the one `window` before. `to_one`: number n goes to subscriber n modulo their number.
+    the one `window` before. `to_one`: number n goes to subscriber n modulo their number; where
+    nobody subscribes, to recipient n modulo `spread`.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Publishing:
     window: int = 1
     rate: float = 0
     to_one: bool = False
+    spread: int = 1
     status: int = 200
 
 
@@ -184,6 +186,7 @@ class Load:
             *("--publishers", str(publishing.publishers), "--window", str(publishing.window)),
             *("--rate", str(publishing.rate), "--status", str(publishing.status)),
             *("--target", "one" if publishing.to_one else "all"),
+            *("--spread", str(publishing.spread)),
         ]
         for header in publishing.headers:
             arguments += ["--header", header]

@@ -58,12 +58,17 @@ class NotifydSubject:
         self._tokens: list[str] = []
         self._started = 0
 
-    def server(self) -> Server:
-        """`notifyd serve`, fresh."""
+    @property
+    def key(self) -> str:
+        """The API key of all publishers."""
+        return self._key
+
+    def server(self, settings: str = "", *, command: Sequence[str] | None = None) -> Server:
+        """`notifyd serve`, or another `command`, fresh; `settings` are TOML tables to add."""
         port = free_port()
-        config = str(self._write_config(port))
+        config = str(self._write_config(port, settings))
         return Server(
-            [part.replace("{config}", config) for part in self._command],
+            [part.replace("{config}", config) for part in command or self._command],
             port=port,
             core=self._cores.server,
             log=self._log(),
@@ -115,7 +120,7 @@ class NotifydSubject:
 
     def probe_path(self) -> str:
         """The path of one more user."""
-        return f"/ws?token={self._token('probe')}"
+        return f"/ws?token={self.token('probe')}"
 
     def to_channel(
         self, *, publishers: int, window: int, rate: float = 0, channel: str = CHANNEL
@@ -128,10 +133,10 @@ class NotifydSubject:
         """One broadcast after the other."""
         return self._publishing("broadcast", CONTENT, 1)
 
-    def single_sends(self, *, publishers: int) -> Publishing:
+    def single_sends(self, *, publishers: int, rate: float = 0) -> Publishing:
         """One notification a request, to each user in turn."""
         body = {"target_user_id": "user-{to}", **CONTENT}
-        return self._publishing("send", body, publishers, window=publishers, to_one=True)
+        return self._publishing("send", body, publishers, window=publishers, rate=rate, to_one=True)
 
     def batches(self, users: int, *, publishers: int) -> Publishing:
         """One notification to each of the users in a request."""
@@ -140,6 +145,26 @@ class NotifydSubject:
         ]
         body = {"notifications": items}
         return self._publishing("batch", body, publishers, window=publishers)
+
+    def to_absent(self, users: int, *, publishers: int) -> Publishing:
+        """One notification a request, to so many users in turn who are not connected."""
+        body = {"target_user_id": "absent-{to}-00", **CONTENT}
+        return self._publishing("send", body, publishers, window=publishers, spread=users)
+
+    def batches_to_absent(self, batches: int, *, publishers: int) -> Publishing:
+        """One notification to each of a hundred users in a request, another hundred in each of so
+        many requests in turn; they are not connected."""
+        items = [
+            {"target": {"type": "user", "value": f"absent-{{to}}-{i:02d}"}, **CONTENT}
+            for i in range(100)
+        ]
+        body = {"notifications": items}
+        return self._publishing("batch", body, publishers, window=publishers, spread=batches)
+
+    def to_users(self, users: int) -> Publishing:
+        """One notification to all of the users, one request at a time."""
+        body = {"target_user_ids": [f"user-{i:05d}" for i in range(users)], **CONTENT}
+        return self._publishing("send-to-users", body, 1)
 
     def _publishing(
         self,
@@ -150,6 +175,7 @@ class NotifydSubject:
         window: int = 1,
         rate: float = 0,
         to_one: bool = False,
+        spread: int = 1,
     ) -> Publishing:
         return Publishing(
             f"/api/v1/notifications/{call}",
@@ -159,23 +185,25 @@ class NotifydSubject:
             window=window,
             rate=rate,
             to_one=to_one,
+            spread=spread,
         )
 
-    def _token(self, user: str) -> str:
+    def token(self, user: str) -> str:
+        """A user's own."""
         now = int(time.time())
         claims = {"sub": user, "iat": now, "exp": now + 6 * 3600}
         return jwt.encode(claims, self._secret, algorithm="HS256")
 
     def _mint(self, count: int) -> list[str]:
         for i in range(len(self._tokens), count):
-            self._tokens.append(self._token(f"user-{i:05d}"))
+            self._tokens.append(self.token(f"user-{i:05d}"))
         return self._tokens[:count]
 
     def _log(self) -> Path:
         self._started += 1
         return self._directory / f"notifyd-{self._started}.log"
 
-    def _write_config(self, port: int) -> Path:
+    def _write_config(self, port: int, settings: str = "") -> Path:
         path = self._directory / f"notifyd-{port}.toml"
         path.write_text(
             f"""
@@ -192,6 +220,7 @@ scopes = ["read", "publish"]
 subscribe = "any"
 [cors]
 origins = ["https://bench.example"]
+{settings}
 """
         )
         return path

@@ -26,6 +26,7 @@ from notifyd.api.realtime import AsgiEndpoint, Authenticate, Realtime, TokenOutO
 from notifyd.api.routes import Api, build_endpoints
 from notifyd.api.routes import Services as ApiServices
 from notifyd.auth import ApiKeys, Origins, TokenVerifier
+from notifyd.backends import Backends
 from notifyd.background import BackgroundTasks
 from notifyd.channel_rules import ChannelRules
 from notifyd.client.calls import Call
@@ -43,7 +44,6 @@ from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.errors import ConfigurationError, Unauthorized, Unavailable
 from notifyd.eventually import Eventually, settled
 from notifyd.forwarded import TrustedProxies
-from notifyd.idempotency import MemoryIdempotencyKeys
 from notifyd.identifiers import new_uuid
 from notifyd.identity import Identity, Principal
 from notifyd.log import RateLimitedLog, configure_logging
@@ -51,17 +51,16 @@ from notifyd.metrics import Metrics
 from notifyd.notification import Notification
 from notifyd.options import Settings
 from notifyd.queue.base import AckLedger, UserLogs
-from notifyd.queue.memory import MemoryAckLedger, MemoryUserLogs
 from notifyd.server.door import Timeouts
 from notifyd.server.http import Services
 from notifyd.server.serve import Serving
 from notifyd.server.serve import serve as serve_sockets
 from notifyd.settings import problems
-from notifyd.templates import MemoryTemplates
 
 T = TypeVar("T")
 
 DRAIN_PER_TURN = 200
+RETRY_SECONDS = 1.0
 _IN_PROCESS = Principal(name="in process", scopes=frozenset({"publish"}))
 
 
@@ -99,32 +98,12 @@ class Notifyd(PublishingCalls):
         self._tasks = BackgroundTasks()
         self._notes_lost = RateLimitedLog(self._log)
         self.metrics = Metrics()
-        self._choose_backends()
+        self._backends = Backends(
+            settings, self.metrics, clock=clock, on_acknowledged=self._count_ack
+        )
+        self._logs, self._ledger = self._backends.logs, self._backends.ledger
         self._connect_parts(authenticate)
         self._observe()
-
-    def _choose_backends(self) -> None:
-        settings, metrics = self.settings, self.metrics
-        self._logs: UserLogs | None = None
-        if settings.queue.enabled:
-            self._logs = MemoryUserLogs(
-                max_size_per_user=settings.queue.max_size_per_user,
-                max_messages=settings.queue.max_messages,
-                message_ttl_seconds=settings.queue.message_ttl_seconds,
-                clock=self._clock,
-                on_dropped=metrics.queue_dropped_total.inc,
-            )
-        self._ledger: AckLedger | None = None
-        if settings.ack.enabled:
-            self._ledger = MemoryAckLedger(
-                timeout_seconds=settings.ack.timeout_seconds,
-                max_pending=settings.ack.max_pending,
-                clock=self._clock,
-                on_acknowledged=self._count_ack,
-                on_expired=metrics.ack_expired_total.inc,
-            )
-        self._templates = MemoryTemplates()
-        self._idempotency = MemoryIdempotencyKeys(settings.idempotency)
 
     def _connect_parts(self, authenticate: Authenticate | None) -> None:
         settings, clock = self.settings, self._clock
@@ -213,6 +192,7 @@ class Notifyd(PublishingCalls):
             self._writes,
             self.metrics,
             clock,
+            store_first=settings.queue.mode == "always",
         )
         self.guard = Guard(
             api_keys=ApiKeys(auth, clock=clock),
@@ -221,7 +201,7 @@ class Notifyd(PublishingCalls):
             else _identify_by(authenticate),
             origins=origins,
             credentials=auth.cookie_name is not None,
-            idempotency=self._idempotency,
+            idempotency=self._backends.idempotency,
             metrics=self.metrics,
             production=production,
         )
@@ -238,13 +218,14 @@ class Notifyd(PublishingCalls):
                 confirmations=self._confirmations,
                 logs=self._logs,
                 ledger=self._ledger,
-                templates=self._templates,
+                templates=self._backends.templates,
                 verifier=self.verifier,
                 demo=demo,
                 metrics=self.metrics,
                 metrics_enabled=settings.metrics.enabled,
                 metrics_public=settings.metrics.public,
                 queue_backend=settings.queue.backend,
+                stores=self._backends.stores,
                 phase=lambda: self._phase,
                 clock=clock,
                 started_at=self._started_at,
@@ -290,11 +271,6 @@ class Notifyd(PublishingCalls):
         metrics.channels_active.read_from(lambda: registry.channels)
         metrics.channel_subscriptions.read_from(lambda: registry.subscriptions)
         metrics.outbox_bytes.read_from(lambda: self._flusher.waiting_bytes)
-        if isinstance(self._logs, MemoryUserLogs):
-            metrics.queue_messages.read_from(self._logs.depth)
-        if isinstance(self._ledger, MemoryAckLedger):
-            ledger = self._ledger
-            metrics.ack_pending.read_from(lambda: ledger.stats().pending)
 
     def _count_ack(self, seconds: float) -> None:
         self.metrics.ack_received_total.inc()
@@ -322,8 +298,14 @@ class Notifyd(PublishingCalls):
             await self.stop()
 
     async def start(self) -> None:
-        """Begin to serve, in the running event loop."""
+        """Begin to serve, in the running event loop.
+
+        Raises ConfigurationError where a backend that was chosen cannot be used.
+        """
         loop = asyncio.get_running_loop()
+        await self._backends.start()
+        self._backends.watch(self._tasks.spawn)
+        self._backends.on_back(self._store_is_back)
         self._flusher.start(loop)
         self._heartbeat.start(loop)
         if (problem := await self.verifier.prefetch()) is not None:
@@ -332,6 +314,8 @@ class Notifyd(PublishingCalls):
             seconds = self.settings.queue.cleanup_interval_seconds
             expire_logs = partial(self._expire_logs, self._logs)
             self._tasks.every(seconds, expire_logs, "expiring queued notifications")
+            # A failure alone opens no breaker, so that none closes either.
+            self._tasks.every(RETRY_SECONDS, self._retry, "repeating what a store did not take")
         if self._ledger is not None:
             seconds = self.settings.ack.cleanup_interval_seconds
             expire_acks = partial(_expire, self._ledger)
@@ -340,6 +324,13 @@ class Notifyd(PublishingCalls):
 
     async def _expire_logs(self, logs: UserLogs) -> None:
         self.metrics.queue_expired_total.inc(await settled(logs.expire()))
+
+    def _store_is_back(self) -> None:
+        self._tasks.spawn(self._retry())
+
+    async def _retry(self) -> None:
+        await self._writes.retry()
+        self._replayer.store_is_back()
 
     async def drain(self) -> None:
         """Tell every client that the server stops and when to come back, and close."""
@@ -351,10 +342,13 @@ class Notifyd(PublishingCalls):
                 await asyncio.sleep(0)
 
     async def stop(self) -> None:
-        """Drain, and end what runs in the background."""
+        """Drain, store what clients had not confirmed, and end what runs in the background."""
         await self.drain()
         self._heartbeat.stop()
+        if left := await self._writes.finish(self.settings.server.shutdown_grace_seconds):
+            self._log.error("the store did not take what clients had not confirmed", lost=left)
         await self._tasks.aclose()
+        await self._backends.aclose()
         await self.verifier.aclose()
 
     # --- publishing in process ---

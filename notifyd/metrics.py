@@ -248,11 +248,16 @@ class _Exporter:
     Not Metrics itself: prometheus_client takes a method called `describe` for its own.
     """
 
-    def __init__(self, families: list[Family[Any]]) -> None:
+    def __init__(self, families: list[Family[Any]], left_out: set[str]) -> None:
         self._families = families
+        self._left_out = left_out
 
     def collect(self) -> Iterator[Metric]:
-        return (family.export() for family in self._families)
+        return (
+            family.export()
+            for family in self._families
+            if family.description.name not in self._left_out
+        )
 
 
 class Metrics:
@@ -262,6 +267,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._families: list[Family[Any]] = []
+        self._left_out: set[str] = set()
 
         self.connections = self._gauges(
             "connections", "Connections open now.", transport=TRANSPORTS
@@ -387,11 +393,18 @@ class Metrics:
 
         # A registry of its own: two servers in one process, or an embedder's metrics, do not mix.
         self._registry = CollectorRegistry()
-        self._registry.register(_Exporter(self._families))
+        self._registry.register(_Exporter(self._families, self._left_out))
 
     def render(self) -> bytes:
         """All metrics in Prometheus's text format, version 0.0.4 (`content_type`)."""
         return generate_latest(self._registry)
+
+    def leave_out(self, prefix: str) -> None:
+        """Do not render the metrics of this prefix: they are of a store that is not used, and zero
+        would say that it is down."""
+        for family in self._families:
+            if family.description.name.startswith(f"{PREFIX}{prefix}_"):
+                self._left_out.add(family.description.name)
 
     def describe(self) -> list[Description]:
         """Every metric's name (with prefix), type, labels and help, in the protocol's order."""

@@ -115,6 +115,11 @@ class StoreServer(ABC):
             with suppress(psutil.NoSuchProcess):
                 process.resume()
 
+    def pin(self, core: int) -> None:
+        """Keep it, and what it will start, on one core."""
+        for process in self._family():
+            process.cpu_affinity([core])
+
     def kill(self) -> None:
         """End it without a warning."""
         family = self._family()
@@ -319,14 +324,19 @@ class PostgresServer(StoreServer):
 async def schema(url: str) -> AsyncIterator[str]:
     """A schema of a test's own, as a URL whose connections see nothing else."""
     name = f"test_{uuid4().hex}"
+    await _execute(url, f"CREATE SCHEMA {name}")
+    try:
+        yield f"{url}{'&' if '?' in url else '?'}{urlencode({'search_path': name})}"
+    finally:
+        # Over a connection of its own: the test may have killed the server that the first one was
+        # to. Those that it left open may hold locks; the schema must not outlive it.
+        await _execute(url, f"DROP SCHEMA {name} CASCADE")
+
+
+async def _execute(url: str, statement: str) -> None:
     connection = await asyncpg.connect(url)
     try:
-        await connection.execute(f"CREATE SCHEMA {name}")
-        try:
-            yield f"{url}{'&' if '?' in url else '?'}{urlencode({'search_path': name})}"
-        finally:
-            # Those that a test left open may hold locks; the schema must not outlive it.
-            await connection.execute(f"DROP SCHEMA {name} CASCADE", timeout=START_SECONDS)
+        await connection.execute(statement, timeout=START_SECONDS)
     finally:
         connection.terminate()
 

@@ -177,8 +177,11 @@ class Operations:
             raise Unavailable(f"A store does not answer: {', '.join(sorted(missing))}.")
         return Ready("ready")
 
-    def metrics(self, request: Request) -> Answer:
+    def metrics(self, request: Request) -> Eventually[Answer]:
         """GET /metrics."""
+        return then(self._stats.measure(), self._rendered)
+
+    def _rendered(self, _: None) -> Answer:
         body = self._metrics.render()
         return Answer(200, body, content_type=self._metrics.content_type.encode())
 

@@ -234,6 +234,23 @@ class Stats:
             **self.stores.figures(),
         )
 
+    def measure(self) -> Eventually[None]:
+        """Bring the metrics of what stores keep up to date; what one does not answer stays as it
+        was. What is in memory is read when it is asked for."""
+        depth = None if self._logs is None else or_none(self._logs.depth)
+        stats = None if self._ledger is None else or_none(self._ledger.stats)
+        if is_awaitable(depth) or is_awaitable(stats):
+            return self._measure_later(depth, stats)
+        return None
+
+    async def _measure_later(
+        self, depth: Eventually[int | None], stats: Eventually[AckStats | None]
+    ) -> None:
+        if (messages := await settled(depth)) is not None:
+            self._metrics.queue_messages.set(messages)
+        if (figures := await settled(stats)) is not None:
+            self._metrics.ack_pending.set(figures.pending)
+
     def _notifications(self) -> NotificationFigures:
         metrics = self._metrics
         sent = {

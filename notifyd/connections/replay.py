@@ -105,9 +105,9 @@ class Replayer:
         return _within(STORE_SECONDS, page) if is_awaitable(page) else page
 
     def store_is_back(self) -> None:
-        """Replay to those who connected, or were in the middle of it, while the store was away."""
-        waiting, self._without_store = self._without_store, {}
-        for connection in waiting:
+        """Replay to those who connected, or were in the middle of it, while the store was away; who
+        cannot be replayed to yet goes on waiting, and is not told so again."""
+        for connection in tuple(self._without_store):
             self.again(connection)
 
     def forget(self, connection: Connection) -> None:
@@ -154,6 +154,8 @@ class Replayer:
                 break
             page = await settled(self._read(connection, page.cursor))
             replayed += self._send_page(connection, page)
+        if page is not _UNAVAILABLE:
+            self._without_store.pop(connection, None)
         return replayed
 
     def _send_page(self, connection: Connection, page: Page) -> int:

@@ -291,6 +291,7 @@ DOCUMENTED = {
     "queue_replayed_total",
     "queue_expired_total",
     "queue_dropped_total",
+    "queue_corrupt_total",
     "ack_pending",
     "ack_received_total",
     "ack_expired_total",
@@ -311,6 +312,16 @@ async def test_every_documented_metric_is_there_and_nobody_elses_names(host: Hos
     assert set(types) == DOCUMENTED
     assert "a-users-name" not in response.text
     assert "a-channels-name" not in response.text
+
+
+async def test_metrics_of_stores_are_those_of_the_stores_in_use(
+    start_on: StartServer, redis_url: str
+) -> None:
+    host = await start_on(ack={"backend": "redis"}, redis={"url": redis_url, "key_prefix": "m"})
+    found = set(re.findall(r"^# TYPE notifyd_(\w+) ", (await host.get("/metrics")).text, re.M))
+    in_redis = {"redis_up", "redis_breaker_state", "redis_reconnects_total"}
+    assert found == DOCUMENTED | in_redis
+    assert await host.metric("redis_up") == 1
 
 
 async def test_metrics_move(start: StartServer) -> None:

@@ -24,6 +24,8 @@ from notifyd.connections.registry import Registry
 from notifyd.connections.replay import Replayer
 from notifyd.dispatch.confirmation import Confirmations
 from notifyd.dispatch.dispatcher import Dispatcher
+from notifyd.dispatch.store_writes import StoreWrites
+from notifyd.errors import Unavailable
 from notifyd.eventually import Eventually
 from notifyd.identifiers import new_uuid
 from notifyd.identity import Identity
@@ -254,6 +256,8 @@ class World:
         logs: Any = None,
         ack_ledger: Any = None,
         max_pending: int = 1000,
+        max_waiting: int = 1000,
+        store_first: bool = False,
         max_size_per_user: int = 100,
         bounds: Bounds | None = None,
         idle_timeout: float = 120.0,
@@ -272,6 +276,7 @@ class World:
         self.registry = Registry(self.clock)
         self.acked: list[float] = []
         self.lost: list[Notification] = []
+        self.notes_lost: list[Unavailable] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.lateness: list[float] = []
         self.logs = logs
@@ -296,6 +301,15 @@ class World:
             bounds or Bounds(max_bytes=1 << 20, max_messages=1000, total_bytes=1 << 30),
             on_slow=self._too_slow,
         )
+        self.writes = StoreWrites(
+            self.logs,
+            self.ledger,
+            max_waiting=max_waiting,
+            clock=self.clock,
+            spawn=self.spawn,
+            on_lost=self.lost.append,
+            on_unavailable=self.notes_lost.append,
+        )
         self.confirmations = Confirmations(
             self.registry,
             self.logs,
@@ -303,7 +317,7 @@ class World:
             max_pending=max_pending,
             idle_timeout=idle_timeout,
             clock=self.clock,
-            on_lost=self.lost.append,
+            writes=self.writes,
         )
         self.heartbeat = Heartbeat(
             self.confirmations,
@@ -318,6 +332,7 @@ class World:
         self.replayer = Replayer(
             self.logs,
             self.ledger,
+            self.writes,
             self.confirmations,
             self.metrics,
             page_bytes=page_bytes,
@@ -344,15 +359,17 @@ class World:
             spread=lambda low, high: (low + high) / 2,
             spawn=self.spawn,
         )
-        self.confirmations.on_returned = self.lifecycle.replay_again
+        self.writes.on_returned = self.lifecycle.replay_again
         self.dispatcher = Dispatcher(
             self.registry,
             self.flusher,
             self.confirmations,
             self.logs,
             self.ledger,
+            self.writes,
             self.metrics,
             self.clock,
+            store_first=store_first,
         )
         self.flusher.start(self.loop)
         self.heartbeat.start(self.loop)

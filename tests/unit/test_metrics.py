@@ -46,6 +46,16 @@ def test_the_text_says_name_type_and_help_of_each() -> None:
         assert f"# TYPE {item.name} {item.type}\n" in text
 
 
+def test_a_store_that_is_not_used_is_not_said_to_be_down() -> None:
+    metrics = Metrics()
+    assert {"notifyd_redis_up", "notifyd_postgres_up"} <= {name for name, _ in samples(metrics)}
+    metrics.leave_out("redis")
+    found = {name for name, _ in samples(metrics)}
+    assert "notifyd_postgres_up" in found
+    assert not any(name.startswith("notifyd_redis_") for name in found)
+    assert "notifyd_redis_up" in {item.name for item in metrics.describe()}
+
+
 def test_counters_add_up_by_label() -> None:
     metrics = Metrics()
     websocket = metrics.deliveries_total.labels("websocket")

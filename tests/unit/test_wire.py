@@ -118,7 +118,7 @@ class TestMessage:
         }
 
     def test_gap(self) -> None:
-        assert json.loads(wire.gap_message("user:u1", 3, 7, "queue_overflow").json) == {
+        assert json.loads(wire.gap_message("user:u1", "queue_overflow", 3, 7).json) == {
             "type": "gap",
             "stream": "user:u1",
             "from": 3,

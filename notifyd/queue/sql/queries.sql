@@ -230,12 +230,13 @@ FOR UPDATE SKIP LOCKED
 
 -- name: delete_expired
 -- Deletes expired entries of locked logs, and takes them off the counts; returns how many of them
--- were pending, and how many there were.
+-- were pending, and how many there were. IS TRUE: found by their key, and not among all that have
+-- expired, who may be a thousand times as many.
 WITH gone AS (
     DELETE FROM notifyd_entries AS entry
     USING unnest($1::bigint[], $2::bigint[]) AS wanted (log_id, entry_offset)
     WHERE entry.log_id = wanted.log_id AND entry.entry_offset = wanted.entry_offset
-        AND entry.expires_at <= $3
+        AND (entry.expires_at <= $3) IS TRUE
     RETURNING entry.log_id, entry.corrupt
 ), counted AS (
     SELECT log_id, count(*) FILTER (WHERE corrupt IS NULL) AS count FROM gone GROUP BY log_id
@@ -384,13 +385,14 @@ ORDER BY tenant, notification_id
 FOR UPDATE SKIP LOCKED
 
 -- name: expire_acks
--- Recipients of locked records who are still late have expired; returns how many.
+-- Recipients of locked records who are still late have expired; returns how many. IS TRUE: as in
+-- delete_expired.
 WITH late AS (
     UPDATE notifyd_acks AS ack
     SET state = 3
     FROM unnest($1::bigint[], $2::text[]) AS wanted (record_id, user_id)
     WHERE ack.record_id = wanted.record_id AND ack.user_id = wanted.user_id
-        AND ack.state = 1 AND ack.sent_at <= $3
+        AND (ack.state = 1 AND ack.sent_at <= $3) IS TRUE
     RETURNING 1
 )
 SELECT count(*) FROM late
