@@ -201,7 +201,8 @@ class _Subscription(asyncio.Protocol):
         self._begun = self._loop.create_future()
         self._answers_missing = answers
         self._transport.write(commands)
-        await asyncio.wait([self._begun, self.lost], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [self._begun, self.lost]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if self.lost.done():
             raise ConnectionError(_text(self.lost.result()))
 

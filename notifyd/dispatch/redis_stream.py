@@ -27,7 +27,7 @@ from notifyd.eventually import Eventually, settled
 from notifyd.log import RateLimitedLog
 from notifyd.metrics import Metrics
 from notifyd.notification import Receipt, Target
-from notifyd.redis_client import Redis, Script
+from notifyd.redis_client import Redis, Script, Word
 from notifyd.resilience import Backoff
 
 SOURCE = "redis_stream"
@@ -228,7 +228,7 @@ class RedisStream:
                 await self._acknowledge([*done, *(entry for entry in waiting if entry not in left)])
                 if not left or not self._may_work():
                     return
-                await self._forgive(left)
+                await self._forgive(list(left))
                 done, waiting = [], list(left)
                 await asyncio.sleep(pauses.next())
         finally:
@@ -262,8 +262,12 @@ class RedisStream:
         if stored:
             await asyncio.wait(stored.values())
         for entry, pending in stored.items():
-            error = pending.exception()
-            if self._stays(entry, pending.result()) if error is None else self._fails(entry, error):
+            problem = pending.exception()
+            if problem is not None:
+                again = self._fails(entry, problem)
+            else:
+                again = self._stays(entry, pending.result())
+            if again:
                 left[entry] = None
         return {entry: None for entry in entries if entry in left} if stored else left
 
@@ -285,7 +289,10 @@ class RedisStream:
             )
         except NotifydError as error:
             return error
-        return ready if isinstance(ready, Ready) else asyncio.ensure_future(settled(ready))
+        if isinstance(ready, Ready):
+            return ready
+        later: Eventually[Ready | None] = ready
+        return asyncio.ensure_future(settled(later))
 
     async def _send(
         self, entry: _Entry, prepared: Ready | asyncio.Future[Ready | None] | NotifydError
@@ -350,11 +357,10 @@ class RedisStream:
         fields: Sequence[bytes] = entry.fields
         if sum(map(len, fields)) > MAX_BATCH_BYTES:
             fields = ()  # it stays in the stream itself
-        return self._reader.command(
-            *("XADD", self._dead, "MAXLEN", "~", MAX_DEAD, "*"),
-            *("reason", entry.problem or "", "entry", entry.id, "attempts", entry.attempts),
-            *fields,
-        )
+        words: list[Word] = ["XADD", self._dead, "MAXLEN", "~", MAX_DEAD, "*"]
+        words += ["reason", entry.problem or "", "entry", entry.id, "attempts", entry.attempts]
+        words += fields
+        return self._reader.command(*words)
 
     async def _forgive(self, entries: Sequence[_Entry]) -> None:
         """That a store is away is not held against those that waited for it."""
