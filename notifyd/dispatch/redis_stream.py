@@ -367,10 +367,8 @@ class RedisStream:
         innocent = [entry for entry in entries if not entry.forgiven]
         for attempts in {entry.attempts for entry in innocent}:
             ids = [entry.id for entry in innocent if entry.attempts == attempts]
-            await self._reader.command(
-                *("XCLAIM", self._key, self._group, self._consumer, 0, *ids),
-                *("RETRYCOUNT", attempts, "JUSTID"),
-            )
+            words: list[Word] = ["XCLAIM", self._key, self._group, self._consumer, 0]
+            await self._reader.command(*words, *ids, "RETRYCOUNT", attempts, "JUSTID")
         for entry in innocent:
             entry.forgiven = True
 
