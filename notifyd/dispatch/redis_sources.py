@@ -80,6 +80,7 @@ class RedisSources:
         self.stream: RedisStream | None = None
         if settings.stream_key is not None and self._lease is not None:
             self.stream = RedisStream(
+                redis,
                 redis.another(timeout=settings.command_timeout_seconds + BLOCK_SECONDS),
                 intake(redis_stream.SOURCE),
                 metrics,

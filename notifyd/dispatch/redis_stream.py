@@ -76,6 +76,10 @@ class _Entry:
         self.ready: Ready | None = None
 
 
+def _new_entries(answer: list[list[Any]] | None) -> list[_Entry]:
+    return [_Entry(id, 1, fields) for id, fields in answer[0][1]] if answer else []
+
+
 def _data(fields: Sequence[bytes]) -> bytes | None:
     if len(fields) == 2:
         return fields[1] if fields[0] == FIELD else None
@@ -85,13 +89,14 @@ def _data(fields: Sequence[bytes]) -> bytes | None:
 class RedisStream:
     """Reads one stream, from `start` to `aclose`.
 
-    `reader` is a connection for calls that block, its answers may take `BLOCK_SECONDS` more than
-    others'; `group` is the same on all nodes of a cluster, `consumer` another on each. `clock`
-    gives Unix seconds.
+    `reader` is a connection for calls that block: its answers may take `BLOCK_SECONDS` more than
+    those of `redis`, which everything else is told by. `group` is the same on all nodes of a
+    cluster, `consumer` another on each. `clock` gives Unix seconds.
     """
 
     def __init__(
         self,
+        redis: Redis,
         reader: Redis,
         intake: Intake,
         metrics: Metrics,
@@ -104,6 +109,7 @@ class RedisStream:
         clock: Callable[[], float] = time.time,
         backoff: Backoff | None = None,
     ) -> None:
+        self._redis = redis
         self._reader = reader
         self._intake = intake
         self._metrics = metrics
@@ -124,7 +130,7 @@ class RedisStream:
         self._unacknowledged: set[bytes] = set()
         self._busy = False
         self._running: asyncio.Task[None] | None = None
-        self._reading: asyncio.Future[Any] | None = None
+        self._reading: asyncio.Future[list[_Entry]] | None = None
         self._stopping = False
 
     # --- its life ---
@@ -171,26 +177,37 @@ class RedisStream:
         self._backoff.reset()
         loop = asyncio.get_running_loop()
         look_at = loop.time() + TAKE_OVER_SECONDS
-        while self._may_work():
-            if loop.time() >= look_at:
-                await self._take_over_all(TAKE_OVER_SECONDS)
-                look_at = loop.time() + TAKE_OVER_SECONDS
-            entries = await self._read()
-            if entries:
-                await self._work(entries)
+        try:
+            while self._may_work():
+                if self._reading is None:
+                    # Nothing is read ahead now, so that none of it is taken over from ourselves.
+                    if loop.time() >= look_at:
+                        await self._take_over_all(TAKE_OVER_SECONDS)
+                        look_at = loop.time() + TAKE_OVER_SECONDS
+                    self._reading = self._read()
+                await asyncio.wait([self._reading])
+                reading, self._reading = self._reading, None
+                entries = [] if reading.cancelled() else reading.result()
+                if entries:
+                    if loop.time() < look_at:
+                        self._reading = self._read()
+                    await self._work(entries)
+        finally:
+            if self._reading is not None:
+                # What comes all the same, a later look finds.
+                self._reading.cancel()
+                self._reading = None
 
-    async def _read(self) -> list[_Entry]:
-        """What is new; nothing after a while without any, or at the end."""
-        self._reading = self._reader.command(
+    def _read(self) -> asyncio.Future[list[_Entry]]:
+        """What is new, or nothing after a while without any."""
+        reading = self._reader.command(
             *("XREADGROUP", "GROUP", self._group, self._consumer),
             *("COUNT", self._count, "BLOCK", int(BLOCK_SECONDS * 1000)),
             *("STREAMS", self._key, ">"),
+            convert=_new_entries,
         )
-        await asyncio.wait([self._reading])
-        reading, self._reading = self._reading, None
-        if reading.cancelled() or not (answer := reading.result()):
-            return []
-        return [_Entry(id, 1, fields) for id, fields in answer[0][1]]
+        reading.add_done_callback(_retrieve)
+        return reading
 
     async def _take_over_all(self, idle: float) -> None:
         """Whatever was read and not acknowledged, by whomever."""
@@ -350,7 +367,7 @@ class RedisStream:
             self._metrics.redis_dead_letters_total.inc(len(dead))
         if entries:
             ids = [*alive, *(entry.id for entry in dead)]
-            await self._reader.command("XACK", self._key, self._group, *ids)
+            await self._redis.command("XACK", self._key, self._group, *ids)
             self._unacknowledged.difference_update(alive)
 
     def _bury(self, entry: _Entry) -> asyncio.Future[Any]:
@@ -360,7 +377,7 @@ class RedisStream:
         words: list[Word] = ["XADD", self._dead, "MAXLEN", "~", MAX_DEAD, "*"]
         words += ["reason", entry.problem or "", "entry", entry.id, "attempts", entry.attempts]
         words += fields
-        return self._reader.command(*words)
+        return self._redis.command(*words)
 
     async def _forgive(self, entries: Sequence[_Entry]) -> None:
         """That a store is away is not held against those that waited for it."""
@@ -368,7 +385,7 @@ class RedisStream:
         for attempts in {entry.attempts for entry in innocent}:
             ids = [entry.id for entry in innocent if entry.attempts == attempts]
             words: list[Word] = ["XCLAIM", self._key, self._group, self._consumer, 0]
-            await self._reader.command(*words, *ids, "RETRYCOUNT", attempts, "JUSTID")
+            await self._redis.command(*words, *ids, "RETRYCOUNT", attempts, "JUSTID")
         for entry in innocent:
             entry.forgiven = True
 
@@ -391,11 +408,15 @@ class RedisStream:
 
 def _notification_id(key: str, entry: bytes) -> str:
     """A UUID that follows from the entry's id (RFC 9562, version 8)."""
-    digest = bytearray(hashlib.blake2b(b"%s\0%s" % (key.encode(), entry), digest_size=16).digest())
-    digest[6] = digest[6] & 0x0F | 0x80
-    digest[8] = digest[8] & 0x3F | 0x80
-    text = digest.hex()
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    text = hashlib.blake2b(b"%s\0%s" % (key.encode(), entry), digest_size=16).hexdigest()
+    variant = "89ab"[int(text[16], 16) & 3]
+    return f"{text[:8]}-{text[8:12]}-8{text[13:16]}-{variant}{text[17:20]}-{text[20:]}"
+
+
+def _retrieve(reading: asyncio.Future[Any]) -> None:
+    """Whoever waits for it is told; where nobody does any more, nothing is lost."""
+    if not reading.cancelled():
+        reading.exception()
 
 
 def _reason(error: Unavailable) -> str:
