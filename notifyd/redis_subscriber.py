@@ -149,7 +149,7 @@ class RedisSubscriber:
 
     async def _is_heard(self, link: _Subscription) -> bool:
         """Whether the subscription hears what is published, as far as can be said."""
-        asked_at = _now()
+        chunks = link.chunks
         try:
             await self._redis.command("PUBLISH", self._probe_channel, "")
         except Unavailable:
@@ -157,7 +157,7 @@ class RedisSubscriber:
             await asyncio.wait([link.lost], timeout=PROBE_AGAIN_SECONDS)
             return True
         deadline = _now() + self._probe_timeout
-        while link.heard_at <= asked_at and not link.lost.done() and not link.paused:
+        while link.chunks == chunks and not link.lost.done() and not link.paused:
             if _now() >= deadline:
                 return False
             await asyncio.wait([link.lost], timeout=self._probe_timeout / 20)
@@ -173,7 +173,8 @@ class RedisSubscriber:
 
 
 class _Subscription(asyncio.Protocol):
-    """One connection. `lost` has why it ended; `heard_at` is the loop's time."""
+    """One connection. `lost` has why it ended, `heard_at` the loop's time when something came last,
+    `chunks` how often something came."""
 
     _transport: asyncio.Transport
 
@@ -181,6 +182,7 @@ class _Subscription(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[Exception] = loop.create_future()
         self.heard_at = loop.time()
+        self.chunks = 0
         self.paused = False
         self._loop = loop
         self._receive = receive
@@ -207,6 +209,7 @@ class _Subscription(asyncio.Protocol):
             raise ConnectionError(_text(self.lost.result()))
 
     def data_received(self, data: bytes) -> None:
+        self.chunks += 1
         self.heard_at = self._loop.time()
         self._reader.feed(data)
         self._incomplete += len(data)

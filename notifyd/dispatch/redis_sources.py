@@ -7,8 +7,7 @@ copy, unless they are nodes of a cluster: there the holder dispatches to the use
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 import structlog
 
@@ -27,7 +26,8 @@ from notifyd.queue.redis_keys import RedisKeys
 from notifyd.redis_client import Redis
 from notifyd.templates import TemplateStore
 
-Spawn = Callable[[Coroutine[Any, Any, None]], object]
+SILENCE_SECONDS = 30.0
+"""After so much silence a subscription is probed."""
 
 
 class RedisSources:
@@ -75,6 +75,7 @@ class RedisSources:
                 probe_prefix=keys.probe,
                 lease=self._lease if clustered else None,
                 keeps_up=(lambda: redis.command("PING")) if ledger_in_redis else None,
+                silence=SILENCE_SECONDS,
                 probe_timeout=settings.command_timeout_seconds,
             )
         self.stream: RedisStream | None = None
