@@ -388,13 +388,14 @@ async def test_ten_thousand_entries_while_nodes_are_killed(
     await until(lambda: _pending(redis_server) == 0, "all acknowledged", 10)
     client = Redis(redis_server.url, CircuitBreaker(BreakerSettings()), timeout=5)
     await client.start()
+    corrupt: list[str] = []
     logs = RedisUserLogs(
         client,
         RedisKeys("notifyd"),
         max_size_per_user=1000,
         message_ttl_seconds=3600,
         on_dropped=Metrics().queue_dropped_total.inc,
-        on_corrupt=[].append,
+        on_corrupt=corrupt.append,
     )
     for user in range(users):
         found: list[int] = []
