@@ -65,6 +65,7 @@ class Confirmations:
         self._oldest_first: deque[Held] = deque()
         self.held = 0
         self._to_ask: dict[Connection, None] = {}
+        self._settled_during_replay: dict[Connection, set[str]] = {}
         self._counter = count(1)
 
     # --- holding ---
@@ -124,9 +125,16 @@ class Confirmations:
         self, notification: Notification, connections: Sequence[Connection]
     ) -> None:
         """These connections of one user took what the user's log keeps until it is settled."""
-        held = Held(notification, list(connections), self._clock(), stored=True)
+        id = notification.id
+        takers: list[Connection] = []
+        held = Held(notification, takers, self._clock(), stored=True)
         for connection in connections:
-            connection.hold(held)
+            known = None if connection.unconfirmed is None else connection.unconfirmed.get(id)
+            if known is None:
+                takers.append(connection)
+                connection.hold(held)
+            else:
+                known.in_log = True
         for connection in connections:
             self._ask_soon(connection)
 
@@ -209,17 +217,21 @@ class Confirmations:
         """
         connections = self._registry.tenant(tenant).of_user(user_id)
         held = {id: self._settle_here(connections, id) for id in ids}
+        # What goes back to the log just now would be in it again after it was settled.
+        returning = self._writes.confirmed(tenant, user_id, ids)
         in_log = [id for id, found in held.items() if found is None or found.in_log]
+        self._note_settled(connections, in_log)
         settled: Eventually[frozenset[str]] = frozenset()
-        if self._logs is not None and in_log:
-            settled = self._logs.settle(tenant, user_id, in_log)
+        if in_log:
+            settled = self._writes.settle_acked(tenant, user_id, in_log)
 
         def answer(found: frozenset[str]) -> AckAnswer:
             acked = [id for id in held if id in found]
             return AckAnswer(acked, [id for id in held if id not in found])
 
         def after_settling(in_store: frozenset[str]) -> Eventually[frozenset[str]]:
-            found = in_store | {id for id, record in held.items() if record is not None}
+            here = {id for id, record in held.items() if record is not None}
+            found = in_store | here | returning
             ledger = self._ledger
             if ledger is None:
                 return found
@@ -263,6 +275,7 @@ class Confirmations:
                     if held.in_log:
                         in_log.append(id)
         if in_log:
+            self._note_settled(connections, in_log)
             self._writes.settle(identity.tenant, identity.user_id, in_log)
         if confirmed and self._ledger is not None:
             self._writes.note(self._ledger.confirm, identity.tenant, identity.user_id, confirmed)
@@ -291,6 +304,33 @@ class Confirmations:
     def _forget_settled(self) -> None:
         if len(self._oldest_first) > 2 * self.held + KEPT_SETTLED:
             self._oldest_first = deque(each for each in self._oldest_first if not each.settled)
+
+    # --- while a replay is on ---
+
+    def replay_begins(self, connection: Connection) -> None:
+        """From here on, a page that was read before something was settled must not bring it."""
+        connection.replays += 1
+        identity = connection.identity
+        settling = self._writes.settling(identity.tenant, identity.user_id)
+        self._settled_during_replay[connection] = set(settling)
+
+    def replay_ends(self, connection: Connection) -> None:
+        """No page is under way any more."""
+        del self._settled_during_replay[connection]
+
+    def is_replaying(self, connection: Connection) -> bool:
+        """Whether pages of the log are on their way to a connection."""
+        return connection in self._settled_during_replay
+
+    def was_settled(self, connection: Connection, id: str) -> bool:
+        """Whether the user confirmed this since the connection's replay began."""
+        return id in self._settled_during_replay.get(connection, ())
+
+    def _note_settled(self, connections: Sequence[Connection], ids: Sequence[str]) -> None:
+        if self._settled_during_replay:
+            for connection in connections:
+                if connection in self._settled_during_replay:
+                    self._settled_during_replay[connection].update(ids)
 
     # --- asking ---
 

@@ -324,7 +324,7 @@ class Dispatcher:
             tenant = self._registry.tenant(tenant_name)
             for user_id in kept:
                 if user_id in tenant.users:
-                    self._writes.on_returned(tenant_name, user_id)
+                    self._writes.on_returned(tenant_name, user_id, before_live=True)
         if len(kept) < len(user_ids):
             self._metrics.delivery_failures_total.labels("queue_full").inc(
                 len(user_ids) - len(kept)
@@ -352,17 +352,21 @@ class Dispatcher:
     ) -> Eventually[Receipt]:
         """Store for every recipient, then send to those who were connected when it was asked for.
 
-        Who connects meanwhile, or is in the middle of a replay, gets it from his log.
+        Who connects meanwhile, or is replayed to, gets it from his log, in its order there.
         """
         message = notification_message(notification)
         tenant = self._registry.tenant(tenant_name)
         results: dict[str, RecipientResult] = {}
-        ready: dict[str, list[Connection]] = {}
+        ready: dict[str, dict[Connection, int]] = {}
         for user_id in user_ids:
             found = tenant.of_user(user_id)
             connections = admitted(found, notification.audience, exclude)
             if connections or (not found and may_await(notification.audience, user_id)):
-                ready[user_id] = [each for each in connections if not each.outbox.holds_back]
+                ready[user_id] = {
+                    each: each.replays
+                    for each in connections
+                    if not self._confirmations.is_replaying(each)
+                }
             results[user_id] = RecipientResult(Outcome.FILTERED)
         recipients = tuple(ready)
         logs = self._logs
@@ -372,14 +376,22 @@ class Dispatcher:
         def send(rejections: Sequence[Rejection | None]) -> Receipt:
             delivered: list[str] = []
             for user_id, rejection in zip(recipients, rejections, strict=True):
-                connections = ready[user_id]
+                connections = [
+                    each
+                    for each, replays in ready[user_id].items()
+                    # A replay that began meanwhile may have brought it, or not.
+                    if each.replays == replays
+                ]
                 result = self._send_stored(notification, message, connections, rejection)
                 results[user_id] = result
                 if result.outcome is Outcome.DELIVERED:
                     delivered.append(user_id)
                 now = self._registry.tenant(tenant_name).of_user(user_id)
-                if rejection is None and len(now) > sum(each in connections for each in now):
-                    self._writes.on_returned(tenant_name, user_id)
+                if rejection is None and any(
+                    each not in connections
+                    for each in admitted(now, notification.audience, exclude)
+                ):
+                    self._writes.on_returned(tenant_name, user_id, before_live=True)
             self._expect(tenant_name, notification, delivered)
             queued = [
                 user_id for user_id in recipients if results[user_id].outcome is Outcome.QUEUED
@@ -411,7 +423,7 @@ class Dispatcher:
             connection
             for connection in connections
             if connection.state is State.OPEN
-            # A replay that something else set off may have brought it already.
+            # Something else of the same id may be there already.
             and (
                 (connection.unconfirmed and id in connection.unconfirmed)
                 or connection.offer(message)
