@@ -817,6 +817,8 @@ class PostgresAckLedger:
     ) -> None:
         self._postgres = postgres
         self._timeout_seconds = timeout_seconds
+        # Nobody is let go of before he is late.
+        self._retention = max(LEDGER_RETENTION_SECONDS, timeout_seconds)
         self._max_pending = max_pending
         self._clock = clock
         self._on_acknowledged = on_acknowledged
@@ -1104,7 +1106,7 @@ class PostgresAckLedger:
         while more:
             late, more = await self._expire_some(now - self._timeout_seconds)
             total += late
-        while await self._let_go_of_some(now - LEDGER_RETENTION_SECONDS):
+        while await self._let_go_of_some(now - self._retention):
             pass
         return total
 

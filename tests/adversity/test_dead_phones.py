@@ -101,7 +101,7 @@ async def all_stored(host: Host, count: int) -> None:
 
 @pytest.mark.parametrize("query", ["", "&acks=1"], ids=["pongs", "acks"])
 async def test_what_a_silent_phone_did_not_confirm_comes_to_the_next_device(
-    start_on: StartServer, kept_in: dict[str, Any], query: str
+    kept_in: dict[str, Any], start_on: StartServer, query: str
 ) -> None:
     host = await start_on(websocket=QUICK, **kept_in)
     async with phone(host, query) as dead:
@@ -118,7 +118,7 @@ async def test_what_a_silent_phone_did_not_confirm_comes_to_the_next_device(
 
 
 async def test_what_a_phone_read_and_did_not_ack_comes_to_the_next_device(
-    start_on: StartServer, kept_in: dict[str, Any]
+    kept_in: dict[str, Any], start_on: StartServer
 ) -> None:
     host = await start_on(websocket=QUICK, **kept_in)
     async with phone(host, "&acks=1") as dead:
@@ -132,7 +132,7 @@ async def test_what_a_phone_read_and_did_not_ack_comes_to_the_next_device(
 
 
 async def test_what_a_slow_consumer_did_not_take_comes_to_the_next_device(
-    start_on: StartServer, kept_in: dict[str, Any]
+    kept_in: dict[str, Any], start_on: StartServer
 ) -> None:
     host = await start_on(websocket={"outbox_max_bytes": 262_144}, **kept_in)
     slow = await host.raw_websocket("ada", receive_buffer=4096)
@@ -154,7 +154,7 @@ async def test_what_a_slow_consumer_did_not_take_comes_to_the_next_device(
 
 
 async def test_a_half_open_phone_withholds_nothing_from_the_next_device(
-    start_on: StartServer, kept_in: dict[str, Any]
+    kept_in: dict[str, Any], start_on: StartServer
 ) -> None:
     host = await start_on(**kept_in)
     async with phone(host, "&acks=1") as half_open:

@@ -72,6 +72,8 @@ async def settled_in(host: Host, user_id: str, query: str = "") -> WebSocketList
     websocket = await host.websocket(user_id, query=query)
     await host.publish(user(user_id), payload="hello")
     assert (await websocket.expect("notification"))["payload"] == "hello"
+    # Stored first, it may have come while the replay was under way, which then looks once more.
+    await until(lambda: not host.notifyd._replayer._again, "the end of the replay")
     return websocket
 
 
