@@ -55,9 +55,10 @@ class RedisSources:
         self._log = structlog.get_logger("notifyd")
         self._lease: Lease | None = None
         self._renewing: asyncio.Task[None] | None = None
-        node = new_uuid()
         if settings.stream_key is not None or clustered:
-            self._lease = Lease(redis, keys.trigger_lease, node, on_change=self._told_of_lease)
+            self._lease = Lease(
+                redis, keys.trigger_lease, new_uuid(), on_change=self._told_of_lease
+            )
         bad = BadMessages(metrics)
 
         def intake(source: str) -> Intake:
@@ -88,7 +89,6 @@ class RedisSources:
                 bad,
                 key=settings.stream_key,
                 group=settings.key_prefix,
-                consumer=node,
                 lease=self._lease,
                 clock=clock,
             )

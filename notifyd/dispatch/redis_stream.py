@@ -46,6 +46,12 @@ MAX_BATCH_BYTES = 4 * 1024 * 1024
 """What was read at once is over this, and less is read next time."""
 
 PER_TURN = 100
+TURN_SECONDS = 0.003
+"""Entries dispatched in one turn of the event loop, and how long that may take."""
+
+CONSUMER = "holder"
+"""One name for all nodes: who reads is who holds the lease, and none is left behind in Redis."""
+
 BLOCK_SECONDS = 0.5
 TAKE_OVER_SECONDS = 2.0
 """How often, while the lease is held, and after how much idleness, entries are taken over that came
@@ -91,7 +97,7 @@ class RedisStream:
 
     `reader` is a connection for calls that block: its answers may take `BLOCK_SECONDS` more than
     those of `redis`, which everything else is told by. `group` is the same on all nodes of a
-    cluster, `consumer` another on each. `clock` gives Unix seconds.
+    cluster. `clock` gives Unix seconds.
     """
 
     def __init__(
@@ -104,7 +110,6 @@ class RedisStream:
         *,
         key: str,
         group: str,
-        consumer: str,
         lease: Lease,
         clock: Callable[[], float] = time.time,
         backoff: Backoff | None = None,
@@ -117,7 +122,6 @@ class RedisStream:
         self._key = key
         self._dead = f"{key}:dead"
         self._group = group
-        self._consumer = consumer
         self._lease = lease
         self._clock = clock
         self._backoff = backoff or Backoff(0.1, 5.0)
@@ -201,7 +205,7 @@ class RedisStream:
     def _read(self) -> asyncio.Future[list[_Entry]]:
         """What is new, or nothing after a while without any."""
         reading = self._reader.command(
-            *("XREADGROUP", "GROUP", self._group, self._consumer),
+            *("XREADGROUP", "GROUP", self._group, CONSUMER),
             *("COUNT", self._count, "BLOCK", int(BLOCK_SECONDS * 1000)),
             *("STREAMS", self._key, ">"),
             convert=_new_entries,
@@ -215,7 +219,7 @@ class RedisStream:
             answer: list[list[Any]] = await self._reader.run(
                 self._take_over,
                 [self._key],
-                [self._group, self._consumer, int(idle * 1000), self._count, OFTEN],
+                [self._group, CONSUMER, int(idle * 1000), self._count, OFTEN],
             )
             if not answer:
                 return
@@ -256,6 +260,7 @@ class RedisStream:
         stored: dict[_Entry, asyncio.Future[Receipt]] = {}
         left: dict[_Entry, None] = {}
         for start in range(0, len(entries), PER_TURN):
+            until = time.monotonic() + TURN_SECONDS
             # Those that must wait for something wait together.
             ready = [(entry, self._prepared(entry)) for entry in entries[start : start + PER_TURN]]
             for entry, prepared in ready:
@@ -275,6 +280,9 @@ class RedisStream:
                         left[entry] = None
                 elif receipt is not None:
                     stored[entry] = asyncio.ensure_future(receipt)
+                if time.monotonic() >= until:
+                    await asyncio.sleep(0)
+                    until = time.monotonic() + TURN_SECONDS
             await asyncio.sleep(0)
         if stored:
             await asyncio.wait(stored.values())
@@ -384,7 +392,7 @@ class RedisStream:
         innocent = [entry for entry in entries if not entry.forgiven]
         for attempts in {entry.attempts for entry in innocent}:
             ids = [entry.id for entry in innocent if entry.attempts == attempts]
-            words: list[Word] = ["XCLAIM", self._key, self._group, self._consumer, 0]
+            words: list[Word] = ["XCLAIM", self._key, self._group, CONSUMER, 0]
             await self._redis.command(*words, *ids, "RETRYCOUNT", attempts, "JUSTID")
         for entry in innocent:
             entry.forgiven = True

@@ -45,9 +45,9 @@ class Reading:
         self.lease = Lease()
         # Pauses that a test does not wait for.
         monkeypatch.setattr(redis_stream, "Backoff", lambda *_: Backoff(0.001, 0.01))
-        self.stream = self.reader("node")
+        self.stream = self.reader()
 
-    def reader(self, consumer: str) -> redis_stream.RedisStream:
+    def reader(self) -> redis_stream.RedisStream:
         return redis_stream.RedisStream(
             self.redis,
             self.redis.another(timeout=3),
@@ -56,7 +56,6 @@ class Reading:
             BadMessages(self.parts.metrics),
             key=self.key,
             group="g",
-            consumer=consumer,
             lease=self.lease,  # type: ignore[arg-type]  # all of it that is needed
         )
 
