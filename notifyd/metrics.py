@@ -22,7 +22,7 @@ PREFIX = "notifyd_"
 
 TRANSPORTS = ("websocket", "sse")
 TARGETS = ("user", "users", "broadcast", "channel", "channels")
-SOURCES = ("http", "python")
+SOURCES = ("http", "python", "redis", "redis_stream")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 STATUSES = tuple(str(status.value) for status in HTTPStatus)
 CLOSE_REASONS = (
@@ -371,6 +371,16 @@ class Metrics:
         )
         self.redis_reconnects_total = self._counter(
             "redis_reconnects_total", "Connections to Redis after the first one."
+        )
+        self.redis_bad_messages_total = self._counter(
+            "redis_bad_messages_total", "Messages in Redis that could not be used."
+        )
+        self.redis_dead_letters_total = self._counter(
+            "redis_dead_letters_total", "Entries of the stream put aside, for they cannot be used."
+        )
+        self.redis_trigger_active = self._gauge(
+            "redis_trigger_active",
+            "Whether this node has subscribed to the trigger's patterns (1 or 0).",
         )
         self.postgres_up = self._gauge(
             "postgres_up", "Whether PostgreSQL answered last time (1 or 0)."

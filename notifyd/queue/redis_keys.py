@@ -7,7 +7,8 @@
     prefix:{<tenant>}:templates
     prefix:{idem-<digest of a scope>}
     prefix:{rate|<limit>|<caller>}             a bucket of tokens
-    prefix:probe
+    prefix:{trigger}:lease                     the node that dispatches what comes from Redis
+    prefix:probe                               a key, and what channels of probes begin with
 
 Names are percent-encoded, so that no name reaches another's keys: a tenant's cannot hold the bar
 that ends it. A script touches keys of one hash tag, the part in braces, which a cluster keeps on
@@ -89,6 +90,7 @@ class RedisKeys:
             f"{acks}record:",
             f"{acks}pending:",
         )
+        self.trigger_lease = f"{prefix}:{{trigger}}:lease"
         self.probe = f"{prefix}:probe"
 
     def _bucket(self, number: int) -> Bucket:

@@ -16,7 +16,8 @@ delivery_failures_total{reason}, dispatch_seconds, fanout_seconds, outbox_bytes;
 queue_enqueued_total, queue_replayed_total, queue_expired_total, queue_dropped_total,
 queue_corrupt_total{reason}; ack_pending, ack_received_total, ack_expired_total, ack_seconds;
 ratelimit_allowed_total{kind}, ratelimit_denied_total{kind};
-redis_up, redis_breaker_state, redis_reconnects_total, postgres_up, postgres_breaker_state;
+redis_up, redis_breaker_state, redis_reconnects_total, redis_bad_messages_total,
+redis_dead_letters_total, redis_trigger_active, postgres_up, postgres_breaker_state;
 http_requests_total{method,route,status}, http_request_seconds; loop_lag_seconds
 """
 
