@@ -25,6 +25,7 @@ from notifyd import names
 from notifyd.errors import ConfigurationError, ValidationError
 from notifyd.identity import DEFAULT_TENANT
 from notifyd.options import (
+    RATE,
     AckSettings,
     ApiKeySettings,
     AuthSettings,
@@ -38,6 +39,7 @@ from notifyd.options import (
     Option,
     PostgresSettings,
     QueueSettings,
+    RateLimitSettings,
     RedisSettings,
     ServerSettings,
     Settings,
@@ -65,6 +67,7 @@ __all__ = [
     "Option",
     "PostgresSettings",
     "QueueSettings",
+    "RateLimitSettings",
     "RedisSettings",
     "ServerSettings",
     "Settings",
@@ -123,7 +126,11 @@ def problems(settings: Settings) -> list[str]:
         *_server(settings.server),
         *_secrets(settings.auth),
         *_public_keys(settings.auth, production=settings.production),
-        *_api_keys(settings.auth, tenants=settings.tenant.enabled),
+        *_api_keys(
+            settings.auth,
+            tenants=settings.tenant.enabled,
+            limited=settings.ratelimit.enabled,
+        ),
         *_tenants(settings),
         *_patterns(settings.channels),
         *_origins(settings.cors),
@@ -410,7 +417,7 @@ def _public_keys(auth: AuthSettings, *, production: bool) -> Iterator[str]:
             yield f'auth.jwks_url: "{auth.jwks_url}" is refused in production; use https'
 
 
-def _api_keys(auth: AuthSettings, *, tenants: bool) -> Iterator[str]:
+def _api_keys(auth: AuthSettings, *, tenants: bool, limited: bool) -> Iterator[str]:
     taken: set[str] = set()
     for index, key in enumerate(auth.api_keys):
         option = f'auth.api_keys[{index}] ("{key.name}")'
@@ -419,6 +426,13 @@ def _api_keys(auth: AuthSettings, *, tenants: bool) -> Iterator[str]:
         if key.name in taken:
             yield f"{option}: another key has this name; give it one of its own"
         taken.add(key.name)
+        if key.rate is not None and not limited:
+            yield (
+                f'{option}: rate "{key.rate}" holds only where limits are on; set '
+                "ratelimit.enabled to true, or remove it"
+            )
+        elif key.rate is not None and not re.search(RATE, key.rate):
+            yield f'{option}: rate "{key.rate}" is no rate; write it as "1000/hour"'
         if key.tenant_id is None:
             continue
         if not tenants and key.tenant_id != DEFAULT_TENANT:
@@ -519,6 +533,11 @@ def _stores(settings: Settings) -> Iterator[str]:
             break
     if "redis" in settings.backends:
         yield from _redis_url(settings.redis.url)
+    if settings.redis.trigger_enabled and not settings.redis.trigger_patterns:
+        yield (
+            "redis.trigger_patterns: is empty, so that the trigger hears nothing; name patterns, "
+            "or set redis.trigger_enabled to false"
+        )
     if "postgres" in settings.backends and postgres.url is not None:
         yield from _postgres_url(postgres.url)
 

@@ -332,6 +332,17 @@ class Tenants:
             )
         return name
 
+    def of_message(self, name: str | None) -> str:
+        """The tenant of a message from where anybody is trusted as a key that is bound to none.
+        Raises ValidationError where it names none that exists."""
+        if name is None:
+            if self.enabled:
+                raise ValidationError(
+                    "The message must name its tenant.", field="tenant_id", constraint=_RULE
+                )
+            return DEFAULT_TENANT
+        return self.named(name)
+
     def visible(self, principal: Principal, name: str) -> str:
         """The tenant that an operator asks about by `name`, who need not be there already.
 

@@ -8,7 +8,9 @@
     prefix:{tenants}:limits                    what tenants may have, where it was set at run time
     prefix:{tenants}:counts:<day or month>     what each of them has sent
     prefix:{idem-<digest of a scope>}
-    prefix:probe
+    prefix:{rate|<limit>|<caller>}             a bucket of tokens
+    prefix:{trigger}:lease                     the node that dispatches what comes from Redis
+    prefix:probe                               a key, and what channels of probes begin with
 
 Names are percent-encoded, so that no name reaches another's keys (`notifyd.tenants.scoped`). A
 script touches keys of one hash tag, the part in braces, which a cluster keeps on one node. A user's
@@ -83,6 +85,7 @@ class RedisKeys:
             f"{acks}record:",
             f"{acks}pending:",
         )
+        self.trigger_lease = f"{prefix}:{{trigger}}:lease"
         self.probe = f"{prefix}:probe"
         self.tenant_limits = f"{prefix}:{{tenants}}:limits"
 
@@ -108,3 +111,7 @@ class RedisKeys:
         """What is known of an idempotency key; hashed, for it may be long, or somebody's secret."""
         digest = hashlib.blake2b(msgspec.json.encode(scope), digest_size=20).hexdigest()
         return f"{self._prefix}:{{idem-{digest}}}"
+
+    def rate_limit(self, limit: str, who: str) -> str:
+        """A caller's bucket under the limit of this name, which has no bar in it."""
+        return f"{self._prefix}:{{rate|{limit}|{encoded(who)}}}"

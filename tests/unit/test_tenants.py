@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from notifyd.errors import BadRequest, Forbidden, NotFound, Unauthorized, Unavailable
+from notifyd.errors import (
+    BadRequest,
+    Forbidden,
+    NotFound,
+    Unauthorized,
+    Unavailable,
+    ValidationError,
+)
 from notifyd.identity import Identity, Principal
 from notifyd.options import TenantOverride, TenantSettings
 from notifyd.tenants import (
@@ -101,6 +108,17 @@ class TestWhoSpeaks:
         for claim in ("", "a:b", "a\n", "x" * 65):
             with pytest.raises(Unauthorized):
                 tenants.of_claim(claim, "tenant_id")
+
+    def test_a_message_of_whoever_is_trusted(self) -> None:
+        tenants = made(auto_create=False)
+        assert tenants.of_message("acme") == "acme"
+        for name in (None, "globex", "a:b", "", "acme\n"):
+            with pytest.raises(ValidationError):
+                tenants.of_message(name)
+        off = only_default()
+        assert off.of_message(None) == off.of_message("default") == "default"
+        with pytest.raises(ValidationError):
+            off.of_message("acme")
 
     def test_switched_off(self) -> None:
         tenants = only_default()
