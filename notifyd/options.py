@@ -404,6 +404,43 @@ class IdempotencySettings(Section, frozen=True, kw_only=True):
     max_keys: Annotated[int, count("keys"), says("Keys remembered, the last ones.")] = 100_000
 
 
+class RateLimitSettings(Section, frozen=True, kw_only=True):
+    """How often one caller may call, connect and speak."""
+
+    enabled: Annotated[bool, says("Whether there are any limits of this kind.")] = False
+    backend: Annotated[
+        Literal["local", "redis"],
+        says(
+            "Who counts: each node by itself (`local`), or all nodes together (`redis`), but for "
+            "messages, which belong to one connection."
+        ),
+    ] = "local"
+    http_requests_per_second: Annotated[
+        int,
+        count("requests", 1, 1_000_000),
+        says(
+            "Requests of one API key, unless it has a rate of its own, or of one address where "
+            "there is no key. Health checks are not counted."
+        ),
+    ] = 100
+    http_burst: Annotated[
+        int, count("requests", 1, 1_000_000), says("So many at once, after a pause.")
+    ] = 200
+    ws_connections_per_minute: Annotated[
+        int,
+        count("connections", 1, 1_000_000),
+        says("Handshakes from one address, WebSocket and SSE; so many at once, after a pause."),
+    ] = 60
+    ws_messages_per_second: Annotated[
+        int,
+        count("messages", 1, 1_000_000),
+        says("Messages of one WebSocket, without acks of what was delivered to it."),
+    ] = 50
+    ws_messages_burst: Annotated[
+        int, count("messages", 1, 1_000_000), says("So many at once, after a pause.")
+    ] = 200
+
+
 class TenantOverride(Section, frozen=True, kw_only=True):
     """Limits of one tenant; what is not given is as for the others."""
 
@@ -453,43 +490,6 @@ class TenantSettings(Section, frozen=True, kw_only=True):
             example={"acme": {"max_connections": 5000}},
         ),
     ] = {}
-
-
-class RateLimitSettings(Section, frozen=True, kw_only=True):
-    """How often one caller may call, connect and speak."""
-
-    enabled: Annotated[bool, says("Whether there are any limits of this kind.")] = False
-    backend: Annotated[
-        Literal["local", "redis"],
-        says(
-            "Who counts: each node by itself (`local`), or all nodes together (`redis`), but for "
-            "messages, which belong to one connection."
-        ),
-    ] = "local"
-    http_requests_per_second: Annotated[
-        int,
-        count("requests", 1, 1_000_000),
-        says(
-            "Requests of one API key, unless it has a rate of its own, or of one address where "
-            "there is no key. Health checks are not counted."
-        ),
-    ] = 100
-    http_burst: Annotated[
-        int, count("requests", 1, 1_000_000), says("So many at once, after a pause.")
-    ] = 200
-    ws_connections_per_minute: Annotated[
-        int,
-        count("connections", 1, 1_000_000),
-        says("Handshakes from one address, WebSocket and SSE; so many at once, after a pause."),
-    ] = 60
-    ws_messages_per_second: Annotated[
-        int,
-        count("messages", 1, 1_000_000),
-        says("Messages of one WebSocket, without acks of what was delivered to it."),
-    ] = 50
-    ws_messages_burst: Annotated[
-        int, count("messages", 1, 1_000_000), says("So many at once, after a pause.")
-    ] = 200
 
 
 class RedisSettings(Section, frozen=True, kw_only=True):
@@ -643,8 +643,8 @@ class Settings(Section, frozen=True, kw_only=True):
     queue: QueueSettings = QueueSettings()
     ack: AckSettings = AckSettings()
     idempotency: IdempotencySettings = IdempotencySettings()
-    tenant: TenantSettings = TenantSettings()
     ratelimit: RateLimitSettings = RateLimitSettings()
+    tenant: TenantSettings = TenantSettings()
     redis: RedisSettings = RedisSettings()
     breaker: BreakerSettings = BreakerSettings()
     postgres: PostgresSettings = PostgresSettings()

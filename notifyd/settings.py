@@ -127,9 +127,7 @@ def problems(settings: Settings) -> list[str]:
         *_secrets(settings.auth),
         *_public_keys(settings.auth, production=settings.production),
         *_api_keys(
-            settings.auth,
-            tenants=settings.tenant.enabled,
-            limited=settings.ratelimit.enabled,
+            settings.auth, limited=settings.ratelimit.enabled, tenants=settings.tenant.enabled
         ),
         *_tenants(settings),
         *_patterns(settings.channels),
@@ -417,7 +415,7 @@ def _public_keys(auth: AuthSettings, *, production: bool) -> Iterator[str]:
             yield f'auth.jwks_url: "{auth.jwks_url}" is refused in production; use https'
 
 
-def _api_keys(auth: AuthSettings, *, tenants: bool, limited: bool) -> Iterator[str]:
+def _api_keys(auth: AuthSettings, *, limited: bool, tenants: bool) -> Iterator[str]:
     taken: set[str] = set()
     for index, key in enumerate(auth.api_keys):
         option = f'auth.api_keys[{index}] ("{key.name}")'

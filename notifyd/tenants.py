@@ -332,16 +332,18 @@ class Tenants:
             )
         return name
 
-    def of_message(self, name: str | None) -> str:
-        """The tenant of a message from where anybody is trusted as a key that is bound to none.
-        Raises ValidationError where it names none that exists."""
-        if name is None:
-            if self.enabled:
-                raise ValidationError(
-                    "The message must name its tenant.", field="tenant_id", constraint=_RULE
-                )
-            return DEFAULT_TENANT
-        return self.named(name)
+    def of_message(self, named: str | None) -> str:
+        """Whom a service that publishes in Redis speaks for: it may for any, and has to name one.
+
+        Raises ValidationError.
+        """
+        if named is not None:
+            return self.named(named)
+        if self.enabled:
+            raise ValidationError(
+                "A message must name its tenant.", field="tenant_id", constraint=_RULE
+            )
+        return DEFAULT_TENANT
 
     def visible(self, principal: Principal, name: str) -> str:
         """The tenant that an operator asks about by `name`, who need not be there already.
@@ -440,7 +442,7 @@ class Tenants:
             return
 
     async def finish(self, seconds: float) -> bool:
-        """Store what was counted last, in so many seconds; whether the store took it."""
+        """Store what was counted last, in so many seconds; whether there is nothing left."""
         try:
             async with asyncio.timeout(seconds):
                 await self._flush()

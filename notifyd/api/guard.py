@@ -183,7 +183,7 @@ class Guard:
 
     `identify` turns a request into the user who sends it (raises Unauthorized and its like);
     `credentials` tells browsers that cookies may come along. `rate_limits` is None where limits are
-    off. `tenants` says for whom a key speaks; without it there are none.
+    off; `tenants` says for whom a key speaks, and without it there are none.
     """
 
     def __init__(
@@ -196,8 +196,8 @@ class Guard:
         idempotency: IdempotencyKeys,
         metrics: Metrics,
         production: bool,
-        tenants: Tenants | None = None,
         rate_limits: RateLimits | None = None,
+        tenants: Tenants | None = None,
     ) -> None:
         self.tenants = tenants or only_default()
         self.api_keys = api_keys
@@ -405,8 +405,8 @@ class Endpoint:
         max_body: int = MAX_BODY_BYTES,
         status: int = 200,
         idempotent: bool = False,
-        operating: bool = False,
         limited: bool = True,
+        operating: bool = False,
     ) -> None:
         """`limited`: it counts against the caller's rate, where limits are on."""
         self.method = method

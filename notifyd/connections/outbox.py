@@ -113,10 +113,10 @@ class Recipients:
         """The messages, joined, for each transport that is among them."""
         if self._websockets.all:
             data = b"".join([message.websocket for message in messages])
-            yield FanOut(self, self._websockets, data, len(messages))
+            yield FanOut(self._websockets, data, len(messages))
         if self._streams.all:
             data = b"".join([message.sse for message in messages])
-            yield FanOut(self, self._streams, data, len(messages))
+            yield FanOut(self._streams, data, len(messages))
 
 
 class FanOut:
@@ -124,12 +124,9 @@ class FanOut:
     get them, each once, and None in the place of one that was given them before his turn.
     """
 
-    __slots__ = ("_places", "_row", "data", "messages", "recipients", "rest")
+    __slots__ = ("_places", "_row", "data", "messages", "rest")
 
-    def __init__(
-        self, recipients: Recipients, outboxes: Outboxes, data: bytes, messages: int
-    ) -> None:
-        self.recipients = recipients
+    def __init__(self, outboxes: Outboxes, data: bytes, messages: int) -> None:
         self._places = outboxes
         self._row: list[Outbox | None] = list(outboxes.all)
         self.rest = iter(self._row)
@@ -163,7 +160,7 @@ class Flusher:
         # Of each tenant in order; of tenants, the one whose turn it is first.
         self._fan_outs: dict[str, deque[FanOut]] = {}
         self.gathers = False
-        """Whether anything is on its way to many."""
+        """Whether something is on its way to many."""
 
     def start(self, loop: AbstractEventLoop) -> None:
         """Flush in this loop's turns."""
@@ -220,7 +217,9 @@ class Flusher:
             self._ended(tenant, oldest)
 
     def _ended(self, tenant: str, fan_out: FanOut) -> None:
-        under_way = self._fan_outs[tenant]
+        under_way = self._fan_outs.get(tenant)
+        if under_way is None or fan_out not in under_way:
+            return  # Who was found too slow in it made the server say so to many.
         under_way.remove(fan_out)
         if not under_way:
             del self._fan_outs[tenant]
@@ -254,6 +253,7 @@ class Flusher:
                 self._fan_out_some(deadline)
         finally:
             # Also where one sink failed: the others must not wait for ever.
+            self.gathers = bool(self._fan_outs) or self._gathered_for is not None
             if self._dirty or self.gathers:
                 self.loop.call_soon(self._run)
             else:
@@ -283,28 +283,29 @@ class Flusher:
         return True
 
     def _fan_out_some(self, deadline: float) -> None:
-        """Go on with what is for many until the deadline, then it is another tenant's turn: written
-        to outboxes that hold nothing, put into the others."""
-        time, write = self.loop.time, os.write
+        """Go on with what is for many until the deadline, then it is another tenant's turn."""
         countdown = CHECK_EVERY
-        if not self._goes_on():
-            self._join_gathered()
-        while self._fan_outs:
+        while self._fan_outs or self._gathered_for is not None:
+            gathered = self._gathered_for
+            if gathered is not None and gathered.tenant not in self._fan_outs:
+                # Not earlier: what comes while a fan-out goes on is one fan-out behind it.
+                self._join_gathered()
+                continue
             tenant, under_way = next(iter(self._fan_outs.items()))
             fan_out = under_way[0]
-            data = fan_out.data
+            data, messages = fan_out.data, fan_out.messages
             length = len(data)
             for outbox in fan_out.rest:
                 if outbox is None:
                     continue
                 if not outbox._unhindered or outbox.size:
-                    self._put(outbox, data, fan_out.messages)
+                    self._put(outbox, data, messages)
                 elif outbox._descriptor < 0:
                     outbox._write(data)
                 else:
                     # By far the most common case: nothing waits, so nothing is put.
                     try:
-                        written = write(outbox._descriptor, data)
+                        written = os.write(outbox._descriptor, data)
                     except OSError:
                         # The transport meets the same, and knows what to do.
                         written = 0
@@ -312,24 +313,12 @@ class Flusher:
                         outbox._write(data[written:])
                 countdown -= 1
                 if not countdown:
-                    if time() >= deadline:
+                    if self.loop.time() >= deadline:
                         # Taken out and put back, it stands last.
                         self._fan_outs[tenant] = self._fan_outs.pop(tenant)
                         return
                     countdown = CHECK_EVERY
             self._ended(tenant, fan_out)
-            if not self._goes_on():
-                self._join_gathered()
-        self.gathers = False
-
-    def _goes_on(self) -> bool:
-        """Whether what gathers goes to those that a fan-out is under way to: it is one fan-out
-        behind that, however much comes meanwhile."""
-        recipients = self._gathered_for
-        if recipients is None:
-            return False
-        under_way = self._fan_outs.get(recipients.tenant)
-        return under_way is not None and under_way[-1].recipients is recipients
 
     def paused(self, outbox: Outbox) -> None:
         """This outbox's transport takes nothing more for now."""

@@ -8,7 +8,6 @@ after the other reaches every connection in that order. Every recipient gets one
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from time import perf_counter
 from typing import TypeAlias
 
@@ -104,7 +103,7 @@ class Dispatcher:
         self._notifications(target.type, source).inc()
         try:
             receipt = self._send(tenant, target, notification, exclude_connection)
-            return self._tallied(tenant, receipt)
+            return receipt if self._tally is None else self._tallied(tenant, receipt)
         finally:
             self._observe_seconds(perf_counter() - started)
 
@@ -137,8 +136,7 @@ class Dispatcher:
             try:
                 if message is None:
                     target = Target("user", (user_id,))
-                    receipt = self._send(tenant, target, notification, None)
-                    receipts.append(self._tallied(tenant, receipt))
+                    receipts.append(self._send(tenant, target, notification, None))
                     continue
                 # One of those before may have been the last that its connection could take.
                 connections = users.get(user_id)
@@ -148,17 +146,30 @@ class Dispatcher:
                     else 0
                 )
                 receipts.append(
-                    self._tallied(
-                        tenant,
-                        Receipt(notification.id, Outcome.DELIVERED, taken_by)
-                        if taken_by
-                        else self._queue(tenant, user_id, notification),
-                    )
+                    Receipt(notification.id, Outcome.DELIVERED, taken_by)
+                    if taken_by
+                    else self._queue(tenant, user_id, notification)
                 )
             except Exception as error:  # noqa: BLE001  # the caller's to tell, of this one alone
                 receipts.append(error)
+        if self._tally is not None:
+            receipts = [
+                each if isinstance(each, Exception) else self._tallied(tenant, each)
+                for each in receipts
+            ]
         self._observe_average(perf_counter() - started, len(sends))
         return receipts
+
+    def _tallied(self, tenant: str, receipt: Eventually[Receipt]) -> Eventually[Receipt]:
+        """Count it for its tenant, where that is asked for."""
+        tally = self._tally
+
+        def counted(receipt: Receipt) -> Receipt:
+            if tally is not None:
+                tally(tenant, receipt.delivered_to)
+            return receipt
+
+        return then(receipt, counted)
 
     def _message_at_once(self, notification: Notification) -> Message | None:
         """The message, where whoever is connected is to get it, and nothing else comes first."""
@@ -170,10 +181,6 @@ class Dispatcher:
         ):
             return None
         return notification_message(notification)
-
-    def _tallied(self, tenant: str, receipt: Eventually[Receipt]) -> Eventually[Receipt]:
-        tally = self._tally
-        return receipt if tally is None else then(receipt, partial(_tally, tally, tenant))
 
     def _send(
         self, tenant_name: str, target: Target, notification: Notification, exclude: str | None
@@ -535,11 +542,6 @@ class Dispatcher:
         if rejection is None:
             return RecipientResult(Outcome.QUEUED)
         return RecipientResult(Outcome.FAILED, reason=rejection)
-
-
-def _tally(tally: Callable[[str, int], None], tenant: str, receipt: Receipt) -> Receipt:
-    tally(tenant, receipt.delivered_to)
-    return receipt
 
 
 def _only(notification_id: str, results: dict[str, RecipientResult]) -> Receipt:
