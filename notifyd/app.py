@@ -30,6 +30,7 @@ from notifyd.backends import Backends
 from notifyd.background import BackgroundTasks
 from notifyd.channel_rules import ChannelRules
 from notifyd.client.calls import Call
+from notifyd.cluster.router import Cluster
 from notifyd.client.clients import PublishingCalls
 from notifyd.connections.admission import Admission
 from notifyd.connections.connection import State
@@ -102,8 +103,25 @@ class Notifyd(PublishingCalls):
             settings, self.metrics, clock=clock, on_acknowledged=self._count_ack
         )
         self._logs, self._ledger = self._backends.logs, self._backends.ledger
+        self._registry = Registry(clock)
+        self.cluster = self._make_cluster()
         self._connect_parts(authenticate)
         self._observe()
+
+    def _make_cluster(self) -> Cluster | None:
+        settings, redis = self.settings.cluster, self._backends.redis
+        if not settings.enabled or redis is None:
+            self.metrics.leave_out("cluster")
+            return None
+        return Cluster(
+            redis,
+            self._backends.redis_keys,
+            self._registry,
+            self.metrics,
+            name=settings.node_id,
+            lease_seconds=settings.presence_ttl_seconds,
+            started_at=self._started_at,
+        )
 
     def _connect_parts(self, authenticate: Authenticate | None) -> None:
         settings, clock = self.settings, self._clock
@@ -113,7 +131,6 @@ class Notifyd(PublishingCalls):
         self.verifier = TokenVerifier(auth, production=production, clock=clock)
         origins = Origins(settings.cors.origins, development=not production)
         admission = Admission(self.verifier, origins, cookie_name=auth.cookie_name)
-        self._registry = Registry(clock)
         self._writes = StoreWrites(
             self._logs,
             self._ledger,
@@ -131,6 +148,7 @@ class Notifyd(PublishingCalls):
             idle_timeout=websocket.idle_timeout,
             clock=clock,
             writes=self._writes,
+            cluster=self.cluster,
         )
         self._replayer = Replayer(
             self._logs,
@@ -181,8 +199,9 @@ class Notifyd(PublishingCalls):
             clock=clock,
             spread=spread,
             spawn=self._tasks.spawn,
+            presence=None if self.cluster is None else self.cluster.presence,
         )
-        self._writes.on_returned = self.lifecycle.replay_again
+        self._writes.on_returned = self._returned
         dispatcher = Dispatcher(
             self._registry,
             self._flusher,
@@ -193,7 +212,16 @@ class Notifyd(PublishingCalls):
             self.metrics,
             clock,
             store_first=settings.queue.mode == "always",
+            cluster=self.cluster,
         )
+        if self.cluster is not None:
+            self.cluster.receiver = dispatcher
+            self.cluster.replay_here = self.lifecycle.replay_again
+            self.cluster.settle_here = self._confirmations.settle_from_elsewhere
+            self.cluster.revoke_here = self.verifier.revoke
+            self.cluster.give_back = lambda tenant, user_id, notification: self._writes.give_back(
+                tenant, user_id, (notification,)
+            )
         self.guard = Guard(
             api_keys=ApiKeys(auth, clock=clock),
             identify=identify_with(admission)
@@ -285,6 +313,12 @@ class Notifyd(PublishingCalls):
         if notification.storable:
             self.metrics.queue_dropped_total.inc()
 
+    def _returned(self, tenant: str, user_id: str) -> None:
+        """Something is in a user's log again that his connections may be without."""
+        self.lifecycle.replay_again(tenant, user_id)
+        if self.cluster is not None:
+            self.cluster.replay(tenant, (user_id,))
+
     # --- its life ---
 
     @asynccontextmanager
@@ -308,6 +342,8 @@ class Notifyd(PublishingCalls):
         self._backends.on_back(self._store_is_back)
         self._flusher.start(loop)
         self._heartbeat.start(loop)
+        if self.cluster is not None:
+            await self.cluster.start()
         if (problem := await self.verifier.prefetch()) is not None:
             self._log.warning("the keys for tokens cannot be had yet", reason=problem)
         if self._logs is not None:
@@ -347,6 +383,8 @@ class Notifyd(PublishingCalls):
         self._heartbeat.stop()
         if left := await self._writes.finish(self.settings.server.shutdown_grace_seconds):
             self._log.error("the store did not take what clients had not confirmed", lost=left)
+        if self.cluster is not None:
+            await self.cluster.stop()
         await self._tasks.aclose()
         await self._backends.aclose()
         await self.verifier.aclose()

@@ -94,6 +94,14 @@ class ServerSettings(Section, frozen=True, kw_only=True):
             "and tells callers no internals."
         ),
     ] = "development"
+    workers: Annotated[
+        int,
+        count("processes", 1, 256),
+        says(
+            "Processes on one port, each a node of the cluster: more than one needs "
+            "cluster.enabled, and a system with SO_REUSEPORT."
+        ),
+    ] = 1
     tls_cert: Annotated[
         Text | None,
         says("PEM file of the certificate chain; with tls_key.", example="/etc/notifyd/tls.crt"),
@@ -413,6 +421,29 @@ class RedisSettings(Section, frozen=True, kw_only=True):
     ] = 2
 
 
+class ClusterSettings(Section, frozen=True, kw_only=True):
+    """Several nodes that are one server to their users."""
+
+    enabled: Annotated[
+        bool,
+        says(
+            "Whether this is one of several nodes, which find each other in Redis. The queue must "
+            "be one that they share (redis or postgres), or switched off."
+        ),
+    ] = False
+    node_id: Annotated[
+        Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None,
+        says("What this node is called; unset: by its machine and process.", example="notifyd-1"),
+    ] = None
+    presence_ttl_seconds: Annotated[
+        Seconds,
+        says(
+            "How long the users of a node that is gone without a word still count as connected; "
+            "more than websocket.heartbeat_interval."
+        ),
+    ] = 60
+
+
 class PostgresSettings(Section, frozen=True, kw_only=True):
     """PostgreSQL 13 or newer; used where a backend says so."""
 
@@ -517,6 +548,7 @@ class Settings(Section, frozen=True, kw_only=True):
     redis: RedisSettings = RedisSettings()
     breaker: BreakerSettings = BreakerSettings()
     postgres: PostgresSettings = PostgresSettings()
+    cluster: ClusterSettings = ClusterSettings()
     cors: CorsSettings = CorsSettings()
     metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
@@ -535,12 +567,14 @@ class Settings(Section, frozen=True, kw_only=True):
 
     @property
     def backends(self) -> frozenset[Backend]:
-        """The backends that something is kept in."""
+        """The backends that something is kept in, or that nodes find each other by."""
         chosen: set[Backend] = set()
         if self.queue.enabled:
             chosen.add(self.queue.backend)
         if self.ack.enabled:
             chosen.add(self.ack.backend)
+        if self.cluster.enabled:
+            chosen.add("redis")
         return frozenset(chosen)
 
 

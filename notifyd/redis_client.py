@@ -268,6 +268,11 @@ class Redis:
         self._was_up = False
         self._closed = False
 
+    @property
+    def database(self) -> int:
+        """The number of the database, which pub/sub knows nothing of."""
+        return self._address.database
+
     # --- calls ---
 
     def run(

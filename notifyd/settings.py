@@ -12,6 +12,7 @@ import ipaddress
 import json
 import os
 import re
+import socket
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -115,6 +116,7 @@ def problems(settings: Settings) -> list[str]:
     found = [
         *_limits(settings),
         *_stores(settings),
+        *_cluster(settings),
         *_server(settings.server),
         *_secrets(settings.auth),
         *_public_keys(settings.auth, production=settings.production),
@@ -476,6 +478,29 @@ def _stores(settings: Settings) -> Iterator[str]:
         yield from _redis_url(settings.redis.url)
     if "postgres" in settings.backends and postgres.url is not None:
         yield from _postgres_url(postgres.url)
+
+
+def _cluster(settings: Settings) -> Iterator[str]:
+    cluster, queue, server = settings.cluster, settings.queue, settings.server
+    if server.workers > 1 and not cluster.enabled:
+        yield (
+            f"server.workers: {server.workers} processes are nodes of a cluster; set "
+            "cluster.enabled to true, with a Redis in redis.url, or server.workers to 1"
+        )
+    if server.workers > 1 and not hasattr(socket, "SO_REUSEPORT"):
+        yield "server.workers: this system has no SO_REUSEPORT; set it to 1"
+    if not cluster.enabled:
+        return
+    if queue.enabled and queue.backend == "memory":
+        yield (
+            'queue.backend: "memory" is not shared by the nodes of a cluster; set it to "redis" or '
+            '"postgres", or queue.enabled to false'
+        )
+    if cluster.presence_ttl_seconds <= settings.websocket.heartbeat_interval:
+        yield (
+            f"cluster.presence_ttl_seconds: {cluster.presence_ttl_seconds:g} s must be more than "
+            f"websocket.heartbeat_interval ({settings.websocket.heartbeat_interval:g} s)"
+        )
 
 
 def _redis_url(text: str) -> Iterator[str]:

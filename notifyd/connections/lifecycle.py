@@ -14,6 +14,7 @@ import structlog
 
 from notifyd import wire
 from notifyd.channel_rules import ChannelRules
+from notifyd.cluster.presence import Presence
 from notifyd.connections.admission import Admission, Handshake
 from notifyd.connections.connection import Connection, State
 from notifyd.connections.heartbeat import Heartbeat
@@ -109,6 +110,7 @@ class Lifecycle:
         clock: Callable[[], float],
         spread: Callable[[float, float], float],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
+        presence: Presence | None = None,
     ) -> None:
         self.registry = registry
         self.admission = admission
@@ -123,6 +125,7 @@ class Lifecycle:
         self._clock = clock
         self._spread = spread
         self._spawn = spawn
+        self._presence = presence
         self._log = structlog.get_logger("notifyd.connections")
         self.draining = False
         self._authenticating: dict[Connection, Any] = {}
@@ -236,6 +239,9 @@ class Lifecycle:
         # Presence first, then the queue is read: what is published from here on waits behind the
         # replay.
         self.registry.add(connection)
+        known = None
+        if self._presence is not None:
+            known = self._presence.came(identity.tenant, identity.user_id)
         self._heartbeat.add(connection)
         self._metrics.connections_opened_total.labels(connection.transport).inc()
         if connection.transport == "sse":
@@ -250,7 +256,7 @@ class Lifecycle:
                 subscriptions=granted,
             )
         )
-        self._replayer.start(connection)
+        self._replayer.start(connection, known)
         if channels:
             self._subscribe_asked(connection, channels)
 
@@ -614,6 +620,8 @@ class Lifecycle:
             self._stop_waiting(connection)
             return
         self.registry.remove(connection)
+        if self._presence is not None:
+            self._presence.went(connection.identity.tenant, connection.identity.user_id)
         self._heartbeat.discard(connection)
         self._replayer.forget(connection)
         self._confirmations.release(connection)

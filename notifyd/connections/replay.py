@@ -63,10 +63,15 @@ class Replayer:
         self._again: dict[Connection, bool] = {}
         self._without_store: dict[Connection, None] = {}
 
-    def start(self, connection: Connection) -> None:
+    def start(self, connection: Connection, known: Awaitable[None] | None = None) -> None:
         """Replay before anything live. What fits into one page of a store that answers at once is
-        written without a task."""
+        written without a task. `known`: done when the other nodes can find the user here, which
+        comes before his log is read."""
         connection.outbox.hold_back()
+        if known is not None:
+            self._again[connection] = False
+            self._spawn(self._replay(connection, self._read_known(connection, known), 0))
+            return
         first = self._read(connection, 0)
         already = 0
         if isinstance(first, Page) and first.cursor is None:
@@ -103,6 +108,15 @@ class Replayer:
             lambda error: _UNAVAILABLE,
         )
         return _within(STORE_SECONDS, page) if is_awaitable(page) else page
+
+    async def _read_known(self, connection: Connection, known: Awaitable[None]) -> Page:
+        try:
+            async with asyncio.timeout(STORE_SECONDS):
+                await asyncio.shield(known)
+        except TimeoutError:
+            # Redis hangs. What others put into the log meanwhile is looked for when it is back.
+            self._do_without_store(connection)
+        return await settled(self._read(connection, 0))
 
     def store_is_back(self) -> None:
         """Replay to those who connected, or were in the middle of it, while the store was away; who
@@ -173,7 +187,7 @@ class Replayer:
         notifications = [
             entry.notification
             for entry in page.entries
-            if self._wanted(connection, entry.notification)
+            if self._wanted(connection, entry.notification, in_log=True)
         ]
         if not notifications or not self._write(connection, notifications):
             return 0
@@ -222,12 +236,20 @@ class Replayer:
         self._writes.give_back(identity.tenant, identity.user_id, left)
         return len(wanted)
 
-    def _wanted(self, connection: Connection, notification: Notification) -> bool:
+    def _wanted(
+        self, connection: Connection, notification: Notification, *, in_log: bool = False
+    ) -> bool:
         """Not what it has already, nor what its audience keeps from it."""
         known = connection.unconfirmed
         if known is not None and notification.id in known:
+            if in_log:
+                self._confirmations.now_stored(known[notification.id])
             return False
         identity = connection.identity
+        if self._confirmations.was_confirmed(identity.tenant, identity.user_id, notification.id):
+            # Another node put it into the log without knowing that.
+            self._writes.settle(identity.tenant, identity.user_id, (notification.id,))
+            return False
         if self._writes.is_unsettled(identity.tenant, identity.user_id, notification.id):
             return False
         return admits(notification.audience, connection)
