@@ -254,6 +254,7 @@ class Notifyd(PublishingCalls):
                 metrics_public=settings.metrics.public,
                 queue_backend=settings.queue.backend,
                 stores=self._backends.stores,
+                cluster=self.cluster,
                 phase=lambda: self._phase,
                 clock=clock,
                 started_at=self._started_at,

@@ -308,11 +308,15 @@ class Bus:
                 self._receive(incoming, body)
         except BadMessage as error:
             self._tell_bad(incoming.sender, error)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # costs one message, and is logged
             self._bad("failed").inc()
             self._log.exception(
                 "a message of a node failed", node=incoming.sender, error=str(error)
             )
+
+    def tell_bad(self, sender: str, text: str) -> None:
+        """An answer of this node has another shape than it should."""
+        self._tell_bad(sender, BadMessage("shape", text))
 
     def _tell_bad(self, sender: str, error: BadMessage) -> None:
         self._bad(error.reason).inc()

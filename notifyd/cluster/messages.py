@@ -11,7 +11,7 @@ this. A field never changes its meaning; where that had to be, the kind would ge
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 from msgspec import Raw

@@ -110,6 +110,11 @@ class Nodes:
         lease = int(self.lease_seconds * 1000)
         return self._call(lease, self._learn)
 
+    def forget(self, id: str) -> None:
+        """A node says that it ends."""
+        if self._known.pop(id, None) is not None:
+            self._log.info("a node has ended", node=id)
+
     def leave(self) -> asyncio.Future[None]:
         """Give the lease up. Raises Unavailable, at once or later."""
         return self._call(0, lambda answer: None)

@@ -1,8 +1,8 @@
 """What one node asks of the others: the dispatcher's way, and everybody's, to who is elsewhere.
 
 A notification for a user goes to the nodes that hold him by what Redis knows, one message for each;
-one for a channel or for everybody goes to all nodes in one. Each says what became of it. Where Redis
-is away, nobody is elsewhere.
+one for a channel or for everybody goes to all nodes in one. Each says what became of it. Where
+Redis is away, nobody is elsewhere.
 """
 
 from __future__ import annotations
@@ -191,10 +191,10 @@ class Cluster:
         """Be there no more: nobody is found here from now on."""
         self._redis.breaker.unsubscribe(self._breaker_changed)
         self._started = False
-        self.bus.to_all(Alive(ending=True))
         with suppress(Unavailable):
             await self.presence.leave()
             await self.nodes.leave()
+        self.bus.to_all(Alive(ending=True))
         self.bus.give_up()
         await self._tasks.aclose()
 
@@ -509,17 +509,33 @@ class Cluster:
 
     # --- questions of the API ---
 
-    async def ask(self, what: str, about: object = None) -> list[Raw]:
+    async def find(self, tenant: str, users: Sequence[str]) -> Found:
+        """The nodes that hold these users; nobody is found where Redis does not answer in
+        `ASK_SECONDS`."""
+        future: asyncio.Future[Found | None] = asyncio.get_running_loop().create_future()
+
+        def found(holders: Found | None) -> None:
+            if not future.done():
+                future.set_result(holders)
+
+        self.presence.find(tenant, users, found)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ASK_SECONDS):
+                return await future or {}
+        return {}
+
+    async def ask(self, what: str, about: object = None) -> dict[str, Raw]:
         """What the other nodes answer, in msgpack, within `ASK_SECONDS`; those that do not know the
         question, or are silent, are left out. Raises Unavailable where none can be asked."""
         if not self.well:
             raise Unavailable("The other nodes cannot be asked.", retry_after=1)
-        future: asyncio.Future[list[Raw]] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[dict[str, Raw]] = asyncio.get_running_loop().create_future()
 
         def finish(awaited: Awaited) -> None:
             if not future.done():
-                said = [each.said for each in awaited.answers.values()]
-                future.set_result([each for each in said if bytes(each) != _NOTHING])
+                said = {node: each.said for node, each in awaited.answers.items()}
+                known = {node: each for node, each in said.items() if bytes(each) != _NOTHING}
+                future.set_result(known)
 
         awaited = self.bus.await_answers(Answer, finish, seconds=ASK_SECONDS)
         self.bus.to_all(Ask(awaited.seq, what, Raw(encode_value(about))), awaited)
@@ -545,6 +561,8 @@ class Cluster:
             case Ask():
                 self._asked(incoming, body)
             case Alive():
+                if body.ending:
+                    self.nodes.forget(incoming.sender)
                 # Who there is stands in Redis.
                 self._wake.set()
 

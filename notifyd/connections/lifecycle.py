@@ -478,15 +478,7 @@ class Lifecycle:
         They are told; returns how many connections changed. Raises ValidationError where one has no
         room for them all, and then changes nothing.
         """
-        connections = self.registry.tenant(tenant).of_user(user_id)
-        most = self._limits.max_subscriptions_per_connection
-        for connection in connections:
-            if len({*connection.subscriptions, *channels}) > most:
-                raise ValidationError(
-                    f"A connection of this user would have more than {most} subscriptions.",
-                    field="channels",
-                    constraint=f"at most {most} subscriptions per connection",
-                )
+        connections = self.check_user_subscriptions(tenant, user_id, channels)
         changed = 0
         for connection in connections:
             new = [
@@ -498,6 +490,22 @@ class Lifecycle:
                 changed += 1
                 connection.offer(wire.names_message("subscribed", new))
         return changed
+
+    def check_user_subscriptions(
+        self, tenant: str, user_id: str, channels: Sequence[str]
+    ) -> Sequence[Connection]:
+        """The user's connections; raises ValidationError where one has no room for these
+        channels."""
+        connections = self.registry.tenant(tenant).of_user(user_id)
+        most = self._limits.max_subscriptions_per_connection
+        for connection in connections:
+            if len({*connection.subscriptions, *channels}) > most:
+                raise ValidationError(
+                    f"A connection of this user would have more than {most} subscriptions.",
+                    field="channels",
+                    constraint=f"at most {most} subscriptions per connection",
+                )
+        return connections
 
     def unsubscribe_user(self, tenant: str, user_id: str, channels: Sequence[str]) -> int:
         """Unsubscribe a user's live connections; they are told; returns how many changed."""

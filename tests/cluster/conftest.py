@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
@@ -10,7 +9,8 @@ from uuid import uuid4
 
 import pytest
 
-from tests.front_door import Host, running
+from notifyd.cluster.router import Cluster
+from tests.front_door import Host, running, settings_of, until
 
 
 class StartNodes(Protocol):
@@ -48,8 +48,9 @@ def _starter(stack: AsyncExitStack, url: str, prefix: str) -> StartNodes:
         made = []
         for _ in range(count):
             cluster = {"node_id": f"node-{next(names)}", **given.get("cluster", {})}
-            settings = node_settings(url, prefix, **{**given, "cluster": cluster})
-            made.append(await stack.enter_async_context(running("sockets", **settings)))
+            sections = node_settings(url, prefix, **{**given, "cluster": cluster})
+            node = running("sockets", settings=settings_of(**sections))
+            made.append(await stack.enter_async_context(node))
         await knowing_each_other(made)
         return made
 
@@ -59,10 +60,15 @@ def _starter(stack: AsyncExitStack, url: str, prefix: str) -> StartNodes:
 async def knowing_each_other(hosts: list[Host]) -> None:
     """Wait until each node knows of all of them."""
     for host in hosts:
-        cluster = host.notifyd.cluster
-        assert cluster is not None
-        while len(cluster.alive()) < len(hosts):
-            await asyncio.sleep(0.005)
+        cluster = cluster_of(host)
+        await until(lambda cluster=cluster: len(cluster.alive()) >= len(hosts))  # type: ignore[misc]  # bound now
+
+
+def cluster_of(host: Host) -> Cluster:
+    """A node's part in the cluster."""
+    cluster = host.notifyd.cluster
+    assert cluster is not None
+    return cluster
 
 
 @pytest.fixture
