@@ -30,8 +30,8 @@ from notifyd.backends import Backends
 from notifyd.background import BackgroundTasks
 from notifyd.channel_rules import ChannelRules
 from notifyd.client.calls import Call
-from notifyd.cluster.router import Cluster
 from notifyd.client.clients import PublishingCalls
+from notifyd.cluster.router import Cluster
 from notifyd.connections.admission import Admission
 from notifyd.connections.connection import State
 from notifyd.connections.heartbeat import Heartbeat
@@ -314,11 +314,11 @@ class Notifyd(PublishingCalls):
         if notification.storable:
             self.metrics.queue_dropped_total.inc()
 
-    def _returned(self, tenant: str, user_id: str) -> None:
-        """Something is in a user's log again that his connections may be without."""
-        self.lifecycle.replay_again(tenant, user_id)
+    def _returned(self, tenant: str, user_id: str, *, before_live: bool = False) -> None:
+        """Something is in a user's log that his connections may be without."""
+        self.lifecycle.replay_again(tenant, user_id, before_live=before_live)
         if self.cluster is not None:
-            self.cluster.replay(tenant, (user_id,))
+            self.cluster.replay(tenant, (user_id,), before_live=before_live)
 
     # --- its life ---
 

@@ -33,7 +33,8 @@ _MIGRATION_LOCK = 0x6E6F7469667964  # "notifyd"
 _MIGRATION_NAME = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
 _QUERY_NAME = re.compile(r"^-- name: ([a-z_]+)$", re.MULTILINE)
 _LOG_SECONDS = 60.0
-_CLOSE_SECONDS = 2.0
+CLOSE_SECONDS = 2.0
+"""How long the end of the server waits for answers that nobody else waits for."""
 
 _DRIVER_FAILURES: tuple[type[Exception], ...] = (
     asyncpg.PostgresError,
@@ -172,12 +173,12 @@ class Postgres:
             self._begin += "; SET LOCAL synchronous_commit = on"
 
     async def aclose(self) -> None:
-        """Close the connections, those that are at work after two seconds."""
+        """Close the connections, those that are still at work after two seconds too."""
         pool, self._pool = self._pool, None
         self.up = False
         if pool is not None:
             try:
-                async with asyncio.timeout(_CLOSE_SECONDS):
+                async with asyncio.timeout(CLOSE_SECONDS):
                     await pool.close()
             except TimeoutError:
                 pool.terminate()
@@ -394,8 +395,16 @@ class Turn(Generic[C]):
         except Exception as error:  # noqa: BLE001  # goes to those who called
             _fail(batch, error)
 
-    async def aclose(self) -> None:
-        """Cancel what is at work, and fail what waits."""
+    async def aclose(self, seconds: float = 0) -> None:
+        """Give what is at work and what waits so many seconds; then cancel the one and fail the
+        other."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        while (self._waiting or self._at_work) and (left := deadline - loop.time()) > 0:
+            if self._at_work:
+                await asyncio.wait(self._at_work, timeout=left)
+            else:
+                await asyncio.sleep(0)  # What waits begins at the end of this turn.
         waiting = list(self._waiting)
         self._waiting.clear()
         _fail(waiting, Unavailable("The server is about to stop.", retry_after=1))

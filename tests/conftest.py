@@ -7,7 +7,8 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+from uuid import uuid4
 
 import pytest
 import uvloop
@@ -127,3 +128,24 @@ async def postgres_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
         url = server.url
     async with schema(url) as its_own:
         yield its_own
+
+
+@pytest.fixture(params=["redis", "postgres"])
+def store(request: pytest.FixtureRequest) -> Literal["redis", "postgres"]:
+    """Every test that uses this runs with both."""
+    chosen: Literal["redis", "postgres"] = request.param
+    return chosen
+
+
+def sections_of(request: pytest.FixtureRequest, store: str) -> dict[str, dict[str, Any]]:
+    """Settings of one who keeps everything in `store`, in a place of the test's own."""
+    of_store: dict[str, Any] = {"url": request.getfixturevalue(f"{store}_url")}
+    if store == "redis":
+        of_store["key_prefix"] = f"test-{uuid4().hex}"
+    return {"queue": {"backend": store}, "ack": {"backend": store}, store: of_store}
+
+
+@pytest.fixture
+def kept(request: pytest.FixtureRequest, store: str) -> dict[str, dict[str, Any]]:
+    """Settings of one who keeps everything in `store`."""
+    return sections_of(request, store)

@@ -330,7 +330,10 @@ async def schema(url: str) -> AsyncIterator[str]:
     finally:
         # Over a connection of its own: the test may have killed the server that the first one was
         # to. Those that it left open may hold locks; the schema must not outlive it.
-        await _execute(url, f"DROP SCHEMA {name} CASCADE")
+        while True:
+            with suppress(asyncpg.DeadlockDetectedError):
+                await _execute(url, f"DROP SCHEMA {name} CASCADE")
+                break
 
 
 async def _execute(url: str, statement: str) -> None:

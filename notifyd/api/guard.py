@@ -7,7 +7,7 @@ limits, request ids, CORS, metrics and errors are the same whichever way a reque
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from time import perf_counter
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -147,6 +147,9 @@ class ErrorAnswer(msgspec.Struct, frozen=True):
 
     error: ErrorInfo
 
+
+SMALL_BODY_BYTES = 16384
+"""A body up to this is taken in before anybody asks who sends it."""
 
 Handler: TypeAlias = Callable[[Request], Eventually[msgspec.Struct | None]]
 """Answers with a struct to be encoded, an Answer that is sent as it is, or None (no content)."""
@@ -434,6 +437,21 @@ class Endpoint:
         except Exception as error:  # noqa: BLE001  # the one place that turns a fault into a 500, and logs it
             result = self._guard.refusal(request, error)
         return self._conclude(request, started, origin, result)
+
+    def check_caller(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Look at the API key before a large body is taken in, so that strangers fill no memory.
+
+        Raises Unauthorized and Forbidden; nothing where no key is asked for.
+        """
+        access = self.access
+        if access in {"user", "open"}:
+            return
+        found = dict(headers)
+        principal = self._authenticate(
+            found.get(b"x-api-key") or _bearer_key(found.get(b"authorization"))
+        )
+        if access not in principal.scopes and "admin" not in principal.scopes:
+            raise _out_of_scope(principal, access)
 
     def in_process(self, request: Request) -> Eventually[bytes]:
         """The body of the answer to the embedding application, which needs no key.

@@ -15,7 +15,16 @@ from notifyd.api.acks import Acks
 from notifyd.api.channels import Channels
 from notifyd.api.cluster import ClusterStatusApi
 from notifyd.api.demo import Demo
-from notifyd.api.guard import Answer, Description, Endpoint, Guard, Headers, Request, too_large
+from notifyd.api.guard import (
+    SMALL_BODY_BYTES,
+    Answer,
+    Description,
+    Endpoint,
+    Guard,
+    Headers,
+    Request,
+    too_large,
+)
 from notifyd.api.health import Operations, Phase
 from notifyd.api.notifications import Publishing
 from notifyd.api.openapi import openapi_endpoint
@@ -213,7 +222,7 @@ class Api:
         try:
             request.path_params = {name: _decoded(value) for name, value in parameters.items()}
             if endpoint.method != "GET":
-                body = await self._body(receive, request, endpoint.max_body)
+                body = await self._body(receive, request, endpoint)
                 if body is None:
                     return None
                 request.body = body
@@ -250,13 +259,17 @@ class Api:
         except NotifydError as error:
             return any_endpoint.refuse(request, error)
 
-    async def _body(self, receive: Receive, request: Request, limit: int) -> bytes | None:
+    async def _body(self, receive: Receive, request: Request, endpoint: Endpoint) -> bytes | None:
         """The whole body, None where the client went away.
 
-        Raises PayloadTooLarge, before reading where the client waits to be told to go on or means
-        to send very much, and RequestTimeout.
+        Raises Unauthorized and Forbidden before it reads a large one; PayloadTooLarge, before
+        reading where the client waits to be told to go on or means to send very much; and
+        RequestTimeout.
         """
+        limit = endpoint.max_body
         length = request.header(b"content-length")
+        if length is None or not length.isdigit() or int(length) > SMALL_BODY_BYTES:
+            endpoint.check_caller(request.headers)
         if length is not None and length.isdigit():
             awaited = request.header(b"expect") is not None
             if int(length) > (limit if awaited else limit + MAX_DISCARDED_BYTES):

@@ -102,10 +102,12 @@ class Reached(Body, frozen=True):
 
 
 class Replay(Body, frozen=True):
-    """Something is in the logs of these users: replay it to those who are connected."""
+    """Something is in the logs of these users: replay it to those who are connected, `before_live`
+    ahead of what is sent from now on."""
 
     tenant: str
     users: tuple[str, ...]
+    before_live: bool = False
 
 
 class Settled(Body, frozen=True):

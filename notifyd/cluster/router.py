@@ -107,6 +107,12 @@ class Receiver(Protocol):
         """Offer to the connections here; the outcome, connections, and those of each channel."""
 
 
+class ReplayHere(Protocol):
+    """What goes to a user's connections here, from his log."""
+
+    def __call__(self, tenant: str, user_id: str, *, before_live: bool = False) -> None: ...
+
+
 class Cluster:
     """This node among the others.
 
@@ -116,7 +122,7 @@ class Cluster:
     """
 
     receiver: Receiver
-    replay_here: Callable[[str, str], None]
+    replay_here: ReplayHere
     settle_here: Callable[[str, str, Sequence[str]], Sequence[str]]
     revoke_here: Callable[[str, str, float], None]
     give_back: Callable[[str, str, Notification], None]
@@ -442,10 +448,11 @@ class Cluster:
 
     # --- logs, acks and revocations ---
 
-    def replay(self, tenant: str, users: Sequence[str]) -> None:
+    def replay(self, tenant: str, users: Sequence[str], *, before_live: bool = False) -> None:
         """Something is in the logs of these users: nodes that hold one of them replay it."""
         if len(users) == 1:
-            self._run_route(tenant, users[0], Replay(tenant, (users[0],)), _pass, _pass_nothing)
+            body = Replay(tenant, (users[0],), before_live)
+            self._run_route(tenant, users[0], body, _pass, _pass_nothing)
             return
 
         def found(holders: Found | None) -> None:
@@ -455,7 +462,7 @@ class Cluster:
                     if node != self.id:
                         by_node.setdefault(node, []).append(user)
             for node, some in by_node.items():
-                self.bus.to_node(node, Replay(tenant, tuple(some)))
+                self.bus.to_node(node, Replay(tenant, tuple(some), before_live))
 
         self.presence.find(tenant, users, found)
 
@@ -551,7 +558,7 @@ class Cluster:
                 self._spread(incoming, body)
             case Replay():
                 for user in body.users:
-                    self.replay_here(body.tenant, user)
+                    self.replay_here(body.tenant, user, before_live=body.before_live)
             case Settled():
                 held = self.settle_here(body.tenant, body.user, body.ids)
                 if body.seq > 0:

@@ -62,7 +62,8 @@ class Connection:
     `address` and `user_agent` are the client's, as far as known; `opened_at` and `last_heard` in
     Unix seconds. `acks`: the client acknowledges by itself, so that a sign of life confirms
     nothing. `unconfirmed` maps notification ids to what is held, in order of delivery; `asked` is
-    the counter of the Ping that is out and the ids that its Pong will confirm.
+    the counter of the Ping that is out and the ids that its Pong will confirm. `replays` counts the
+    replays that took more than one turn of the event loop, from their beginning.
     """
 
     __slots__ = (
@@ -75,6 +76,7 @@ class Connection:
         "last_heard",
         "opened_at",
         "outbox",
+        "replays",
         "state",
         "subscriptions",
         "transport",
@@ -108,6 +110,7 @@ class Connection:
         self.unconfirmed: dict[str, Held] | None = None
         self.asked: tuple[int, tuple[str, ...]] | None = None
         self.beat = 0
+        self.replays = 0
 
     def offer(self, message: Message) -> bool:
         """Put a message into the outbox, behind a replay; False where it cannot be taken."""

@@ -636,10 +636,10 @@ class Lifecycle:
         self._metrics.connections_closed_total.labels(connection.transport, reason).inc()
         self._metrics.connection_duration_seconds.observe(self._clock() - connection.opened_at)
 
-    def replay_again(self, tenant: str, user_id: str) -> None:
-        """Something went back to the log of a user who is connected."""
+    def replay_again(self, tenant: str, user_id: str, *, before_live: bool = False) -> None:
+        """Something went to the log of a user who is connected."""
         for connection in self.registry.tenant(tenant).of_user(user_id):
-            self._replayer.again(connection)
+            self._replayer.again(connection, before_live=before_live)
 
     # --- shutting down ---
 

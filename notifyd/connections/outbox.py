@@ -324,6 +324,8 @@ class Outbox:
 
     def hold_back(self) -> None:
         """From here on, what is `put` waits until `let_go`."""
+        if self._ahead is not None:
+            return
         self._unhindered = False
         self._ahead, self._frames = self._frames, []
 
@@ -333,6 +335,18 @@ class Outbox:
             self._frames, self._ahead = self._ahead + self._frames, None
             self._look_whether_hindered()
             self._schedule()
+
+    def let_first_go(self, count: int) -> None:
+        """So many writes of what was held back may be written; the others still wait."""
+        if self._ahead is not None and count:
+            self._ahead += self._frames[:count]
+            del self._frames[:count]
+            self._schedule()
+
+    @property
+    def held_back(self) -> int:
+        """How many writes wait behind the replay."""
+        return 0 if self._ahead is None else len(self._frames)
 
     @property
     def holds_back(self) -> bool:

@@ -8,6 +8,7 @@ entry is settled when it is confirmed.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
@@ -19,12 +20,56 @@ from notifyd.dispatch.targets import admits
 from notifyd.eventually import Eventually, is_awaitable, rescue, settled
 from notifyd.metrics import Metrics
 from notifyd.notification import Notification
-from notifyd.queue.base import AckLedger, Page, UserLogs, entry_bytes
+from notifyd.queue.base import AckLedger, Overflow, Page, UserLogs, entry_bytes
 
 STORE_SECONDS = 1.0
 """A connecting user waits no longer for the store; what is live comes to him without it."""
 
+READERS = 8
+"""So many pages are asked for and written at a time: a thousand users who return at once must not
+keep the event loop for longer than these take."""
+
 _UNAVAILABLE = Page(())
+
+
+class _Readers:
+    """Lets at most `READERS` read at a time, the others in order of arrival."""
+
+    def __init__(self) -> None:
+        self._free = READERS
+        self._waiting: deque[asyncio.Future[bool]] = deque()
+
+    def enter_at_once(self) -> bool:
+        """Whether one may read now; `leave` must follow then."""
+        if not self._free:
+            return False
+        self._free -= 1
+        return True
+
+    async def enter(self) -> bool:
+        """Wait until one may read, and `leave` must follow; False where the store stopped to answer
+        those before. Cancelled, one is out."""
+        if self.enter_at_once():
+            return True
+        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled() and turn.result():
+                # The turn came, and the cancellation before this task ran again.
+                self.leave(answered=True)
+            raise
+
+    def leave(self, *, answered: bool) -> None:
+        """Let the next one read; nobody, where the store did not answer."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(answered)
+                if answered:
+                    return
+        self._free += 1
 
 
 async def _within(seconds: float, page: Awaitable[Page]) -> Page:
@@ -62,6 +107,8 @@ class Replayer:
         self._spawn = spawn
         self._again: dict[Connection, bool] = {}
         self._without_store: dict[Connection, None] = {}
+        self._told: dict[Connection, Overflow] = {}
+        self._readers = _Readers()
 
     def start(self, connection: Connection, known: Awaitable[None] | None = None) -> None:
         """Replay before anything live. What fits into one page of a store that answers at once is
@@ -69,31 +116,50 @@ class Replayer:
         comes before his log is read."""
         connection.outbox.hold_back()
         if known is not None:
-            self._again[connection] = False
-            self._spawn(self._replay(connection, self._read_known(connection, known), 0))
+            self._begin(connection)
+            self._spawn(self._replay_known(connection, known))
             return
-        first = self._read(connection, 0)
+        first: Eventually[Page] | None = None
         already = 0
-        if isinstance(first, Page) and first.cursor is None:
-            already = self._send_page(connection, first)
-            others, all_sent = self._send_others(connection)
-            already += others
-            if all_sent:
-                self._finish(connection, already)
-                return
-            first = Page(())
-        self._again[connection] = False
+        if self._readers.enter_at_once():
+            first = self._read(connection, 0)
+            if not is_awaitable(first):
+                self._readers.leave(answered=first is not _UNAVAILABLE)
+                cursor = first.cursor
+                already = self._send_page(connection, first)
+                if cursor is None:
+                    others, all_sent = self._send_others(connection)
+                    already += others
+                    if all_sent:
+                        self._finish(connection, already)
+                        return
+                first = Page((), cursor)
+        self._begin(connection)
         self._spawn(self._replay(connection, first, already))
 
-    def again(self, connection: Connection) -> None:
-        """Something went back to the log of a user who is connected: replay it to him, marked."""
+    def again(self, connection: Connection, *, before_live: bool = False) -> None:
+        """Something went to the log of a user who is connected: replay it to him, marked.
+
+        `before_live`: it was sent to him before what is live from now on, which waits behind it.
+        """
         if connection.state is not State.OPEN or self._logs is None:
             return
+        if before_live:
+            connection.outbox.hold_back()
         if connection in self._again:
             self._again[connection] = True
             return
-        self._again[connection] = False
+        self._begin(connection)
+        self._again[connection] = True
         self._spawn(self._replay_again(connection))
+
+    def _begin(self, connection: Connection) -> None:
+        self._again[connection] = False
+        self._confirmations.replay_begins(connection)
+
+    def _end(self, connection: Connection) -> None:
+        self._confirmations.replay_ends(connection)
+        del self._again[connection]
 
     def _read(self, connection: Connection, after: int) -> Eventually[Page]:
         """A page of the log; cancelling what is awaited gives the read up."""
@@ -109,14 +175,14 @@ class Replayer:
         )
         return _within(STORE_SECONDS, page) if is_awaitable(page) else page
 
-    async def _read_known(self, connection: Connection, known: Awaitable[None]) -> Page:
+    async def _replay_known(self, connection: Connection, known: Awaitable[None]) -> None:
         try:
             async with asyncio.timeout(STORE_SECONDS):
                 await asyncio.shield(known)
         except TimeoutError:
             # Redis hangs. What others put into the log meanwhile is looked for when it is back.
             self._do_without_store(connection)
-        return await settled(self._read(connection, 0))
+        await self._replay(connection, None, 0)
 
     def store_is_back(self) -> None:
         """Replay to those who connected, or were in the middle of it, while the store was away; who
@@ -127,6 +193,7 @@ class Replayer:
     def forget(self, connection: Connection) -> None:
         """The connection ended."""
         self._without_store.pop(connection, None)
+        self._told.pop(connection, None)
 
     def _do_without_store(self, connection: Connection) -> None:
         """Say that something may be missing; it comes, marked, when the store is back."""
@@ -135,60 +202,95 @@ class Replayer:
             stream = f"user:{connection.identity.user_id}"
             connection.reply(wire.gap_message(stream, "queue_unavailable"))
 
-    async def _replay(self, connection: Connection, first: Eventually[Page], already: int) -> None:
+    async def _replay(
+        self, connection: Connection, first: Eventually[Page] | None, already: int
+    ) -> None:
         try:
-            replayed = already + await self._send_pages(connection, await settled(first))
+            replayed = already + await self._send_pages(connection, first)
             all_sent = False
             while not all_sent and connection.state is State.OPEN:
                 await connection.outbox.drained()
                 others, all_sent = self._send_others(connection)
                 replayed += others
-            self._finish(connection, replayed)
+            if self._again[connection]:
+                self._again[connection] = False
+                replayed += await self._send_pages(connection, None)
+            self._tell_caught_up(connection, replayed)
+            await self._send_what_came_meanwhile(connection)
+            self._let_go(connection)
         finally:
-            wanted_again = self._again.pop(connection)
-        if wanted_again:
-            self.again(connection)
+            self._end(connection)
 
     async def _replay_again(self, connection: Connection) -> None:
-        wanted_again = True
         try:
-            while wanted_again and connection.state is State.OPEN:
-                self._again[connection] = False
-                await self._send_pages(connection, await settled(self._read(connection, 0)))
-                wanted_again = self._again[connection]
+            await self._send_what_came_meanwhile(connection)
+            self._let_go(connection)
         finally:
-            self._again.pop(connection)
+            self._end(connection)
 
-    async def _send_pages(self, connection: Connection, page: Page) -> int:
-        """Send a page and all that follow it; how many notifications were sent."""
-        replayed = self._send_page(connection, page)
-        while page.cursor is not None:
-            await connection.outbox.drained()
+    async def _send_what_came_meanwhile(self, connection: Connection) -> None:
+        """Read the log until nothing came to it since it was read last. For a user who is sent more
+        all the time that may take long: what is live is let go bit by bit."""
+        while self._again[connection] and connection.state is State.OPEN:
+            self._again[connection] = False
+            # What waits already was sent behind what this read brings, but maybe before what comes
+            # to the log while it is under way.
+            waiting = connection.outbox.held_back
+            await self._send_pages(connection, None)
+            connection.outbox.let_first_go(waiting)
+
+    async def _send_pages(self, connection: Connection, first: Eventually[Page] | None) -> int:
+        """Send a page and all that follow it, from the beginning where there is none yet; how many
+        notifications were sent. `first` has its reader where it must be awaited."""
+        replayed = 0
+        cursor: int | None = 0
+        if first is None:
+            pass
+        elif is_awaitable(first):
+            cursor, replayed = await self._read_and_send(connection, first)
+        else:
+            cursor = first.cursor
+        while cursor is not None:
+            if cursor:
+                await connection.outbox.drained()
             if connection.state is not State.OPEN:
                 break
-            page = await settled(self._read(connection, page.cursor))
-            replayed += self._send_page(connection, page)
-        if page is not _UNAVAILABLE:
-            self._without_store.pop(connection, None)
+            if await self._readers.enter():
+                page = self._read(connection, cursor)
+                cursor, sent = await self._read_and_send(connection, page)
+                replayed += sent
+            else:
+                self._send_page(connection, _UNAVAILABLE)
+                cursor = None
         return replayed
+
+    async def _read_and_send(
+        self, connection: Connection, awaited: Eventually[Page]
+    ) -> tuple[int | None, int]:
+        """Where the next page starts, and how many notifications this one brought."""
+        page = _UNAVAILABLE
+        try:
+            page = await settled(awaited)
+            # While it is this one's turn, so that few pages are written in one of the loop.
+            sent = self._send_page(connection, page)
+        finally:
+            self._readers.leave(answered=page is not _UNAVAILABLE)
+        return page.cursor, sent
 
     def _send_page(self, connection: Connection, page: Page) -> int:
         if page is _UNAVAILABLE:
             self._do_without_store(connection)
             return 0
-        if not page.entries and page.overflow is None:
-            return 0
         if page.overflow is not None:
-            stream = f"user:{connection.identity.user_id}"
-            overflow = page.overflow
-            connection.reply(
-                wire.gap_message(stream, "queue_overflow", overflow.first, overflow.last)
-            )
-        notifications = [
-            entry.notification
-            for entry in page.entries
-            if self._wanted(connection, entry.notification, in_log=True)
-        ]
+            self._tell_overflow(connection, page.overflow)
+        known = connection.unconfirmed
+        notifications = []
+        for entry in page.entries:
+            if known is not None and entry.notification.id in known:
+                # Confirmed, it is to be settled in the log as well.
+                known[entry.notification.id].in_log = True
+            elif self._wanted(connection, entry.notification):
+                notifications.append(entry.notification)
         if not notifications or not self._write(connection, notifications):
             return 0
         for notification in notifications:
@@ -201,6 +303,15 @@ class Replayer:
                     self._ledger.expect, identity.tenant, notification.id, (identity.user_id,)
                 )
         return len(notifications)
+
+    def _tell_overflow(self, connection: Connection, overflow: Overflow) -> None:
+        """Say what a full log gave up; the log tells it until something is settled, and each
+        connection is told once."""
+        if connection.state is not State.OPEN or self._told.get(connection) == overflow:
+            return
+        self._told[connection] = overflow
+        stream = f"user:{connection.identity.user_id}"
+        connection.reply(wire.gap_message(stream, "queue_overflow", overflow.first, overflow.last))
 
     def _send_others(self, connection: Connection) -> tuple[int, bool]:
         """Up to a page of what the user's other connections hold, so that a half-open one withholds
@@ -236,14 +347,10 @@ class Replayer:
         self._writes.give_back(identity.tenant, identity.user_id, left)
         return len(wanted)
 
-    def _wanted(
-        self, connection: Connection, notification: Notification, *, in_log: bool = False
-    ) -> bool:
+    def _wanted(self, connection: Connection, notification: Notification) -> bool:
         """Not what it has already, nor what its audience keeps from it."""
         known = connection.unconfirmed
         if known is not None and notification.id in known:
-            if in_log:
-                self._confirmations.now_stored(known[notification.id])
             return False
         identity = connection.identity
         if self._confirmations.was_confirmed(identity.tenant, identity.user_id, notification.id):
@@ -251,6 +358,8 @@ class Replayer:
             self._writes.settle(identity.tenant, identity.user_id, (notification.id,))
             return False
         if self._writes.is_unsettled(identity.tenant, identity.user_id, notification.id):
+            return False
+        if self._confirmations.was_settled(connection, notification.id):
             return False
         return admits(notification.audience, connection)
 
@@ -264,8 +373,13 @@ class Replayer:
         return connection.outbox.put_ahead(data)
 
     def _finish(self, connection: Connection, replayed: int) -> None:
-        if connection.state is not State.OPEN:
-            return
-        if replayed:
+        self._tell_caught_up(connection, replayed)
+        self._let_go(connection)
+
+    def _tell_caught_up(self, connection: Connection, replayed: int) -> None:
+        if replayed and connection.state is State.OPEN:
             connection.reply(wire.message("caught_up", replayed=replayed))
-        connection.outbox.let_go()
+
+    def _let_go(self, connection: Connection) -> None:
+        if connection.state is State.OPEN:
+            connection.outbox.let_go()

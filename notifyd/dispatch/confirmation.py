@@ -74,6 +74,7 @@ class Confirmations:
         self._oldest_first: deque[Held] = deque()
         self.held = 0
         self._to_ask: dict[Connection, None] = {}
+        self._settled_during_replay: dict[Connection, set[str]] = {}
         self._counter = count(1)
 
     # --- holding ---
@@ -143,9 +144,16 @@ class Confirmations:
         shared: bool = False,
     ) -> None:
         """These connections of one user took what the user's log keeps until it is settled."""
-        held = Held(notification, list(connections), self._clock(), stored=True, shared=shared)
+        id = notification.id
+        takers: list[Connection] = []
+        held = Held(notification, takers, self._clock(), stored=True, shared=shared)
         for connection in connections:
-            connection.hold(held)
+            known = None if connection.unconfirmed is None else connection.unconfirmed.get(id)
+            if known is None:
+                takers.append(connection)
+                connection.hold(held)
+            else:
+                known.in_log = True
         for connection in connections:
             self._ask_soon(connection)
 
@@ -177,7 +185,7 @@ class Confirmations:
     def _move_oldest_to_log(self) -> None:
         while self.held > self._max_pending:
             held = self._oldest_first.popleft()
-            if held.settled or held.stored:
+            if held.settled:
                 continue
             identity = held.connections[0].identity
             self._let_go(held)
@@ -209,12 +217,6 @@ class Confirmations:
         while len(remembered) > REMEMBERED:
             del remembered[next(iter(remembered))]
 
-    def now_stored(self, held: Held) -> None:
-        """What a connection holds is in the user's log by now: another node put it there."""
-        if not held.stored and not held.settled:
-            held.stored = held.in_log = True
-            self.held -= 1
-
     def settle_from_elsewhere(self, tenant: str, user_id: str, ids: Sequence[str]) -> Sequence[str]:
         """A device on another node confirmed these; returns those that were held here.
 
@@ -222,10 +224,13 @@ class Confirmations:
         """
         connections = self._registry.tenant(tenant).of_user(user_id)
         self._remember(tenant, user_id, ids)
-        held = [id for id in ids if self._settle_here(connections, id) is not None]
-        if len(held) < len(ids) and self._logs is not None:
-            self._writes.settle(tenant, user_id, [id for id in ids if id not in held])
-        return held
+        found = {id: self._settle_here(connections, id) for id in ids}
+        self._writes.confirmed(tenant, user_id, ids)
+        in_log = [id for id, held in found.items() if held is None or held.in_log]
+        if in_log and self._logs is not None:
+            self._note_settled(connections, in_log)
+            self._writes.settle(tenant, user_id, in_log)
+        return [id for id, held in found.items() if held is not None]
 
     def _let_go(self, held: Held) -> None:
         """No connection holds it any more."""
@@ -271,17 +276,21 @@ class Confirmations:
         connections = self._registry.tenant(tenant).of_user(user_id)
         held = {id: self._settle_here(connections, id) for id in ids}
         elsewhere = self._settle_elsewhere(tenant, user_id, held)
+        # What goes back to the log just now would be in it again after it was settled.
+        returning = self._writes.confirmed(tenant, user_id, ids)
         in_log = [id for id, found in held.items() if found is None or found.in_log]
+        self._note_settled(connections, in_log)
         settled: Eventually[frozenset[str]] = frozenset()
-        if self._logs is not None and in_log:
-            settled = self._logs.settle(tenant, user_id, in_log)
+        if in_log:
+            settled = self._writes.settle_acked(tenant, user_id, in_log)
 
         def answer(found: frozenset[str]) -> AckAnswer:
             acked = [id for id in held if id in found]
             return AckAnswer(acked, [id for id in held if id not in found])
 
         def after_settling(in_store: frozenset[str]) -> Eventually[frozenset[str]]:
-            found = in_store | {id for id, record in held.items() if record is not None}
+            here = {id for id, record in held.items() if record is not None}
+            found = in_store | here | returning
             if elsewhere is None:
                 return in_ledger(found)
             return with_elsewhere(elsewhere, found)
@@ -353,6 +362,7 @@ class Confirmations:
                     if held.shared:
                         shared.append(id)
         if in_log:
+            self._note_settled(connections, in_log)
             self._writes.settle(identity.tenant, identity.user_id, in_log)
         if confirmed and self._cluster is not None:
             self._remember(identity.tenant, identity.user_id, confirmed)
@@ -392,6 +402,33 @@ class Confirmations:
     def _forget_settled(self) -> None:
         if len(self._oldest_first) > 2 * self.held + KEPT_SETTLED:
             self._oldest_first = deque(each for each in self._oldest_first if not each.settled)
+
+    # --- while a replay is on ---
+
+    def replay_begins(self, connection: Connection) -> None:
+        """From here on, a page that was read before something was settled must not bring it."""
+        connection.replays += 1
+        identity = connection.identity
+        settling = self._writes.settling(identity.tenant, identity.user_id)
+        self._settled_during_replay[connection] = set(settling)
+
+    def replay_ends(self, connection: Connection) -> None:
+        """No page is under way any more."""
+        del self._settled_during_replay[connection]
+
+    def is_replaying(self, connection: Connection) -> bool:
+        """Whether pages of the log are on their way to a connection."""
+        return connection in self._settled_during_replay
+
+    def was_settled(self, connection: Connection, id: str) -> bool:
+        """Whether the user confirmed this since the connection's replay began."""
+        return id in self._settled_during_replay.get(connection, ())
+
+    def _note_settled(self, connections: Sequence[Connection], ids: Sequence[str]) -> None:
+        if self._settled_during_replay:
+            for connection in connections:
+                if connection in self._settled_during_replay:
+                    self._settled_during_replay[connection].update(ids)
 
     # --- asking ---
 

@@ -361,9 +361,9 @@ class Dispatcher:
             tenant = self._registry.tenant(tenant_name)
             for user_id in kept:
                 if user_id in tenant.users:
-                    self._writes.on_returned(tenant_name, user_id)
+                    self._writes.on_returned(tenant_name, user_id, before_live=True)
             if self._cluster is not None:
-                self._cluster.replay(tenant_name, kept)
+                self._cluster.replay(tenant_name, kept, before_live=True)
         if len(kept) < len(user_ids):
             self._metrics.delivery_failures_total.labels("queue_full").inc(
                 len(user_ids) - len(kept)
@@ -391,12 +391,12 @@ class Dispatcher:
     ) -> Eventually[Receipt]:
         """Store for every recipient, then send to those who were connected when it was asked for.
 
-        Who connects meanwhile, or is in the middle of a replay, gets it from his log.
+        Who connects meanwhile, or is replayed to, gets it from his log, in its order there.
         """
         message = notification_message(notification)
         tenant = self._registry.tenant(tenant_name)
         results: dict[str, RecipientResult] = {}
-        ready: dict[str, list[Connection]] = {}
+        ready: dict[str, dict[Connection, int]] = {}
         # The connections here are left out; there may be others on other nodes.
         uncertain: set[str] = set()
         for user_id in user_ids:
@@ -406,7 +406,11 @@ class Dispatcher:
             if found and not connections and awaits and self._cluster is not None:
                 uncertain.add(user_id)
             if connections or user_id in uncertain or (not found and awaits):
-                ready[user_id] = [each for each in connections if not each.outbox.holds_back]
+                ready[user_id] = {
+                    each: each.replays
+                    for each in connections
+                    if not self._confirmations.is_replaying(each)
+                }
             results[user_id] = RecipientResult(Outcome.FILTERED)
         recipients = tuple(ready)
         logs = self._logs
@@ -429,14 +433,22 @@ class Dispatcher:
         def send_here(rejections: Sequence[Rejection | None]) -> None:
             delivered: list[str] = []
             for user_id, rejection in zip(recipients, rejections, strict=True):
-                connections = ready[user_id]
+                connections = [
+                    each
+                    for each, replays in ready[user_id].items()
+                    # A replay that began meanwhile may have brought it, or not.
+                    if each.replays == replays
+                ]
                 result = self._send_stored(notification, message, connections, rejection)
                 results[user_id] = result
                 if result.outcome is Outcome.DELIVERED:
                     delivered.append(user_id)
                 now = self._registry.tenant(tenant_name).of_user(user_id)
-                if rejection is None and len(now) > sum(each in connections for each in now):
-                    self._writes.on_returned(tenant_name, user_id)
+                if rejection is None and any(
+                    each not in connections
+                    for each in admitted(now, notification.audience, exclude)
+                ):
+                    self._writes.on_returned(tenant_name, user_id, before_live=True)
             self._expect(tenant_name, notification, delivered)
 
         def after_all(rejections: Sequence[Rejection | None]) -> Receipt:
@@ -472,7 +484,7 @@ class Dispatcher:
             connection
             for connection in connections
             if connection.state is State.OPEN
-            # A replay that something else set off may have brought it already.
+            # Something else of the same id may be there already.
             and (
                 (connection.unconfirmed and id in connection.unconfirmed)
                 or connection.offer(message)
@@ -673,10 +685,10 @@ class Dispatcher:
         if self._confirmations.was_confirmed(tenant.name, user_id, notification.id):
             # His log was faster: he has read it there, and is done with it.
             return Outcome.DELIVERED, len(connections)
-        ready = [each for each in connections if not each.outbox.holds_back]
+        ready = [each for each in connections if not self._confirmations.is_replaying(each)]
         if len(ready) < len(connections):
             # In the middle of a replay that may have been there already, or not.
-            self._writes.on_returned(tenant.name, user_id)
+            self._writes.on_returned(tenant.name, user_id, before_live=True)
         result = self._send_stored(notification, message, ready, None, shared=shared)
         return result.outcome, result.connections
 

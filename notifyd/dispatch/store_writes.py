@@ -8,8 +8,10 @@ and are tried again; a user who connects meanwhile gets what waits for him.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 from notifyd.errors import Unavailable
 from notifyd.eventually import Eventually, is_awaitable
@@ -19,12 +21,23 @@ from notifyd.queue.base import AckLedger, Rejection, UserLogs
 UserKey = tuple[str, str]
 
 
+class OnReturned(Protocol):
+    """Told when something is in the log of a user who may be connected. `before_live`: he gets what
+    is sent to him from now on behind it."""
+
+    def __call__(self, tenant: str, user_id: str, *, before_live: bool = False) -> None: ...
+
+
+def _nobody_told(tenant: str, user_id: str, *, before_live: bool = False) -> None:
+    """Where nobody can be connected."""
+
+
 class StoreWrites:
     """Hands back to logs and settles in them. `logs` or `ledger` is None where it is switched off.
 
     At most `max_waiting` notifications wait for a store that is away; the oldest are given up
-    first and told to `on_lost`. `on_returned(tenant, user_id)` is told when something is in the log
-    again, `on_unavailable(error)` when a note to the ledger is lost.
+    first and told to `on_lost`. `on_returned` is told when something is in the log again,
+    `on_unavailable(error)` when a note to the ledger is lost.
     """
 
     def __init__(
@@ -45,10 +58,12 @@ class StoreWrites:
         self._spawn = spawn
         self._on_lost = on_lost
         self._on_unavailable = on_unavailable
-        self.on_returned: Callable[[str, str], None] = lambda tenant, user_id: None
-        # What the store refused or did not answer for; what is on its way is in neither.
+        self.on_returned: OnReturned = _nobody_told
+        # What the store refused or did not answer for, and what is on its way there.
         self._homeless: dict[UserKey, dict[str, Notification]] = {}
+        self._storing: dict[UserKey, dict[str, Notification]] = {}
         self._unsettled: dict[UserKey, dict[str, None]] = {}
+        self._settling: dict[UserKey, Counter[str]] = {}
         self._waiting = 0
         self._under_way: set[asyncio.Future[None]] = set()
 
@@ -68,14 +83,18 @@ class StoreWrites:
         """
         kept = []
         for notification in notifications:
-            expires_at = notification.expires_at
-            expired = expires_at is not None and expires_at <= self._clock()
-            if self._logs is None or not notification.storable or expired:
+            if self._logs is None or not notification.storable or self._is_over(notification):
                 self._on_lost(notification)
             else:
                 kept.append(notification)
         if self._logs is not None and kept:
-            self._store(self._logs, (tenant, user_id), kept, replay=replay)
+            # Behind what waits already, or it would come before it.
+            waiting = self.take_homeless(tenant, user_id)
+            self._store(self._logs, (tenant, user_id), [*waiting, *kept], replay=replay)
+
+    def _is_over(self, notification: Notification) -> bool:
+        expires_at = notification.expires_at
+        return expires_at is not None and expires_at <= self._clock()
 
     def _store(
         self, logs: UserLogs, key: UserKey, notifications: Sequence[Notification], *, replay: bool
@@ -98,6 +117,8 @@ class StoreWrites:
         if returned and replay:
             self.on_returned(tenant, user_id)
         if later:
+            storing = self._storing.setdefault(key, {})
+            storing.update({notification.id: notification for notification, _ in later})
             self._watch(self._store_later(key, later, replay=replay))
 
     async def _store_later(
@@ -113,11 +134,21 @@ class StoreWrites:
                 rejections = await answer
             except Unavailable:
                 # It may have been stored all the same; storing it twice is storing it once.
-                self._keep_homeless(key, [notification])
+                if self._arrived(key, notification):
+                    self._keep_homeless(key, [notification])
             else:
+                self._arrived(key, notification)
                 returned |= self._stored(key, notification, rejections[0])
         if returned and replay:
             self.on_returned(*key)
+
+    def _arrived(self, key: UserKey, notification: Notification) -> bool:
+        """It is on its way no more; False where it was confirmed meanwhile."""
+        storing = self._storing.get(key, {})
+        found = storing.pop(notification.id, None) is not None
+        if not storing:
+            self._storing.pop(key, None)
+        return found
 
     def _stored(
         self, key: UserKey, notification: Notification, rejection: Rejection | None
@@ -139,28 +170,82 @@ class StoreWrites:
             waiting[notification.id] = notification
         while self._waiting > self._max_waiting:
             oldest = next(iter(self._homeless))
-            for notification in self.take_homeless(*oldest):
-                self._on_lost(notification)
+            id = next(iter(self._homeless[oldest]))
+            self._on_lost(self._homeless[oldest][id])
+            self._forget_homeless(oldest, id)
+
+    def _forget_homeless(self, key: UserKey, id: str) -> bool:
+        waiting = self._homeless.get(key, {})
+        if waiting.pop(id, None) is None:
+            return False
+        self._waiting -= 1
+        if not waiting:
+            del self._homeless[key]
+        return True
 
     def take_homeless(self, tenant: str, user_id: str) -> list[Notification]:
         """What waits for a store that is away: whoever takes it has to hold it."""
         waiting = self._homeless.pop((tenant, user_id), {})
         self._waiting -= len(waiting)
-        return list(waiting.values())
+        taken = []
+        for notification in waiting.values():
+            if self._is_over(notification):
+                self._on_lost(notification)
+            else:
+                taken.append(notification)
+        return taken
+
+    def confirmed(self, tenant: str, user_id: str, ids: Sequence[str]) -> frozenset[str]:
+        """The user confirmed these: none of them goes to his log any more. Returns those that
+        waited for it or were on their way, which only the store knows whether it has.
+        """
+        key = (tenant, user_id)
+        if key not in self._homeless and key not in self._storing:
+            return frozenset()
+        storing = self._storing.get(key, {})
+        found = []
+        for id in ids:
+            on_its_way = storing.pop(id, None) is not None
+            if self._forget_homeless(key, id) or on_its_way:
+                found.append(id)
+        return frozenset(found)
 
     # --- what is settled in a log ---
 
     def settle(self, tenant: str, user_id: str, ids: Sequence[str]) -> None:
         """Settle what was confirmed without an ack."""
-        if self._logs is None:
-            return
         try:
-            answer = self._logs.settle(tenant, user_id, ids)
+            answer = self.settle_acked(tenant, user_id, ids)
         except Unavailable:
             self._keep_unsettled((tenant, user_id), ids)
             return
         if is_awaitable(answer):
             self._watch(self._settle_later((tenant, user_id), ids, answer))
+
+    def settle_acked(
+        self, tenant: str, user_id: str, ids: Sequence[str]
+    ) -> Eventually[frozenset[str]]:
+        """Settle for one who waits for it; those that were pending. Raises Unavailable."""
+        if self._logs is None:
+            return frozenset()
+        answer = self._logs.settle(tenant, user_id, ids)
+        if not is_awaitable(answer):
+            return answer
+        pending = asyncio.ensure_future(answer)
+        key = (tenant, user_id)
+        self._settling.setdefault(key, Counter()).update(ids)
+        pending.add_done_callback(partial(self._settling_is_over, key, ids))
+        return pending
+
+    def _settling_is_over(self, key: UserKey, ids: Sequence[str], answer: object) -> None:
+        # A Counter keeps what is down to zero; what is positive is what others still settle.
+        left = self._settling[key] = +(self._settling[key] - Counter(ids))
+        if not left:
+            del self._settling[key]
+
+    def settling(self, tenant: str, user_id: str) -> Iterable[str]:
+        """What is being settled: a page that was asked for before may still bring it."""
+        return self._settling.get((tenant, user_id), ())
 
     async def _settle_later(
         self, key: UserKey, ids: Sequence[str], answer: Awaitable[frozenset[str]]
@@ -246,4 +331,4 @@ class StoreWrites:
                 await self.retry()
         except TimeoutError:
             pass  # What is left is counted and told below.
-        return self._waiting
+        return self._waiting + sum(map(len, self._storing.values()))

@@ -31,7 +31,8 @@ def entry_bytes(notification: Notification) -> int:
 
 
 class Overflow(msgspec.Struct, frozen=True, gc=False):
-    """What a full log gave up since it was last told: how many, between which offsets."""
+    """What a full log gave up and nobody is known to have heard of: how many, between which
+    offsets."""
 
     count: int
     first: int
@@ -63,7 +64,8 @@ class UserLogs(Protocol):
         """Pending entries with an offset above `after`: at least one, then up to `max_bytes`
         as `entry_bytes` counts them.
 
-        The first page (`after` 0) tells the overflow, and telling it forgets it.
+        The first page (`after` 0) tells the overflow. It is forgotten when an entry is settled
+        after that, for whoever told it may not have reached anybody; with no entry left, at once.
         """
 
     def settle(self, tenant: str, user_id: str, ids: Sequence[str]) -> Eventually[frozenset[str]]:

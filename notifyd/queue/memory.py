@@ -39,12 +39,13 @@ class _Stored:
 class _Log:
     """One user's pending entries, by notification id in the order of their offsets."""
 
-    __slots__ = ("entries", "next_offset", "overflow")
+    __slots__ = ("entries", "next_offset", "overflow", "told")
 
     def __init__(self, next_offset: int) -> None:
         self.entries: dict[str, _Stored] = {}
         self.next_offset = next_offset
         self.overflow: Overflow | None = None
+        self.told = False
 
 
 class MemoryUserLogs:
@@ -126,14 +127,11 @@ class MemoryUserLogs:
         )
         del log.entries[victim.notification.id]
         self._depth -= 1
-        told = log.overflow
-        log.overflow = (
-            Overflow(1, victim.offset, victim.offset)
-            if told is None
-            else Overflow(
-                told.count + 1, min(told.first, victim.offset), max(told.last, victim.offset)
-            )
+        before = log.overflow or Overflow(0, victim.offset, victim.offset)
+        log.overflow = Overflow(
+            before.count + 1, min(before.first, victim.offset), max(before.last, victim.offset)
         )
+        log.told = False
         self._on_dropped()
         return True
 
@@ -145,7 +143,8 @@ class MemoryUserLogs:
         now = self._clock()
         overflow = None
         if after == 0:
-            overflow, log.overflow = log.overflow, None
+            overflow = log.overflow
+            log.told = True
         page: list[Entry] = []
         size = 0
         for stored in log.entries.values():
@@ -156,6 +155,8 @@ class MemoryUserLogs:
             if page and size > max_bytes:
                 return Page(page, page[-1].offset, overflow)
             page.append(entry)
+        if after == 0 and not page:
+            log.overflow = None
         self._forget_if_empty(tenant, user_id, log)
         return Page(page, None, overflow)
 
@@ -166,6 +167,8 @@ class MemoryUserLogs:
             return frozenset()
         found = frozenset(id for id in ids if log.entries.pop(id, None) is not None)
         self._depth -= len(found)
+        if found and log.told:
+            log.overflow = None
         self._forget_if_empty(tenant, user_id, log)
         return found
 

@@ -28,7 +28,14 @@ from notifyd.errors import Conflict, NotFound, RateLimited, Unavailable, Validat
 from notifyd.idempotency import MAX_WAITERS, Fresh, KeptAnswer, Replay, Scope, Wait
 from notifyd.identifiers import is_canonical_uuid
 from notifyd.notification import Notification, Priority
-from notifyd.postgres import Connection, Postgres, Turn, load_migrations, load_queries
+from notifyd.postgres import (
+    CLOSE_SECONDS,
+    Connection,
+    Postgres,
+    Turn,
+    load_migrations,
+    load_queries,
+)
 from notifyd.queue.base import (
     AckReport,
     AckStats,
@@ -651,12 +658,13 @@ class PostgresUserLogs:
             ),
         )
         if telling := [page for page in pages if page.tells]:
+            empty = {page.log_id: not page.entries and not page.corrupt for page in telling}
             rows = await connection.fetch(
-                QUERIES["tell_overflow"], [page.log_id for page in telling]
+                QUERIES["tell_overflow"], list(empty), list(empty.values())
             )
             told = {log_id: Overflow(*overflow) for log_id, *overflow in rows}
             for page in telling:
-                page.overflow = told.pop(page.log_id, None)
+                page.overflow = told.get(page.log_id)
         aside = [
             (page.log_id, offset, error.reason) for page in pages for offset, error in page.corrupt
         ]
@@ -887,8 +895,9 @@ class PostgresAckLedger:
         self._calls: Turn[_LedgerCall] = Turn(self._note, take=_take_ledger_calls)
 
     async def aclose(self) -> None:
-        """Fail what waits. What is under way may be noted all the same."""
-        await self._calls.aclose()
+        """Note what waits, for two seconds at most. What is under way then may be noted all the
+        same."""
+        await self._calls.aclose(CLOSE_SECONDS)
 
     # --- calls ---
 
@@ -956,13 +965,16 @@ class PostgresAckLedger:
                 [id for _, id in wanted],
                 [call.at for call in first.values()],
                 [call.recipients is None for call in first.values()],
-                [len(users) for users in wanted.values()],
+                [0 if call.recipients is None else len(wanted[key]) for key, call in first.items()],
             )
             records: dict[int, dict[str, _Expect]] = {}
             before: list[int] = []
-            for record_id, tenant, id, fresh in rows:
-                records[record_id] = wanted[tenant, str(id)]
+            for record_id, tenant, id, anyone, fresh in rows:
                 change.size += fresh
+                if anyone:
+                    # What anybody may ack expects nobody in particular later either.
+                    continue
+                records[record_id] = wanted[tenant, str(id)]
                 if not fresh:
                     before.append(record_id)
             known = await self._find(
@@ -1498,8 +1510,9 @@ class PostgresIdempotencyKeys:
         self._calls: Turn[_KeyCall] = Turn(self._work, take=_take_some(ROWS_PER_BATCH))
 
     async def aclose(self) -> None:
-        """Fail what waits; keys that are at work are given up as their lease runs out."""
-        await self._calls.aclose()
+        """Keep the answers that wait, for two seconds at most; keys that are still at work are
+        given up as their lease runs out."""
+        await self._calls.aclose(CLOSE_SECONDS)
 
     def claim(self, scope: Scope, fingerprint: bytes) -> Awaitable[Fresh | Replay | Wait]:
         """Who works on this key.

@@ -281,7 +281,9 @@ class RedisUserLogs:
             more = True
             while more:
                 args = (_milliseconds(self._clock), USERS_PER_CALL)
-                names: list[bytes] = await self._redis.run(self._due, (bucket.due,), args)
+                keys = (bucket.depth, bucket.due)
+                lost, names = await self._redis.run(self._due, keys, args)
+                vanished |= bool(lost)
                 more = len(names) == USERS_PER_CALL
                 calls = [
                     self._redis.run(
@@ -295,8 +297,9 @@ class RedisUserLogs:
                     expired += dropped
                     vanished |= bool(gone)
             if vanished:
-                keys = (bucket.depth, bucket.due)
-                await self._redis.run(self._recount, keys, (bucket.order,))
+                await self._redis.run(
+                    self._recount, keys, (bucket.order, 2 * (self._ttl + self._grace))
+                )
         return expired
 
     async def depth(self) -> int:

@@ -23,7 +23,7 @@ from uvicorn.server import ServerState
 from websockets.utils import accept_key
 
 from notifyd import wire
-from notifyd.api.guard import Answer, Endpoint, Guard, Request
+from notifyd.api.guard import SMALL_BODY_BYTES, Answer, Endpoint, Guard, Request
 from notifyd.connections.admission import Handshake
 from notifyd.connections.lifecycle import Lifecycle
 from notifyd.connections.refusal import as_stream, by_close_code
@@ -161,6 +161,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._upgrade_ignored = False
         self._refused = False
         self._endpoint: Endpoint | None = None
+        self._length = -1
         self._body: bytes | bytearray = b""
         self._trailer = False
         self._trailer_bytes = 0
@@ -169,6 +170,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._stream = False
         self._early: bytearray | None = None
         self._refusal: NotifydError | None = None
+        self._refused_route = "invalid"
         self._default_headers: list[tuple[bytes, bytes]] = []
         self._default_head = b""
         self.deadline = _NEVER
@@ -227,7 +229,7 @@ class HttpProtocol(HttpToolsProtocol):
         except httptools.HttpParserError:
             if not self._stream:
                 refusal = self._refusal or BadRequest("This is not a valid HTTP request.")
-                self._refuse_and_close(refusal)
+                self._refuse_and_close(refusal, self._refused_route)
             return
         if in_trailer and self._trailer:
             # Behind the last chunk the parser gathers a header until it ends, and no limit of a
@@ -318,6 +320,12 @@ class HttpProtocol(HttpToolsProtocol):
         if method == b"POST":
             endpoint = self._services.fast.get(self.url)
             if endpoint is not None and self._takes_fast_lane(endpoint):
+                if self._length > SMALL_BODY_BYTES:
+                    try:
+                        endpoint.check_caller(self.headers)
+                    except NotifydError as error:
+                        self._refusal, self._refused_route = error, endpoint.path
+                        raise
                 self._endpoint = endpoint
                 self._body = b""
                 self.deadline = self.loop.time() + self._timeouts.body
@@ -363,6 +371,7 @@ class HttpProtocol(HttpToolsProtocol):
                     return False
                 else:
                     length = int(value)
+        self._length = length
         return 0 <= length <= endpoint.max_body
 
     def _busy(self) -> bool:
@@ -492,6 +501,8 @@ class HttpProtocol(HttpToolsProtocol):
         method = (
             self.scope["method"] if self.scope is not None and "method" in self.scope else "GET"
         )
+        if route.encode() in self._services.fast:
+            method = "POST"
         request = Request(method, route, {}, b"", self.headers or [], b"", "")
         request.request_id = request_id(request.header(b"x-request-id"))
         answer = guard.refusal(request, error)

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
 from typing import Any, Protocol
@@ -18,9 +18,10 @@ from typing import Any, Protocol
 import structlog
 import uvicorn
 from sse_starlette.sse import AppStatus
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
+from notifyd.errors import ConfigurationError
 from notifyd.server.door import Door, Doorman
 from notifyd.server.http import TESTED_UVICORN, HttpProtocol, Services
 from notifyd.server.websocket import WebSocketProtocol
@@ -160,11 +161,45 @@ def _give_memory_back() -> None:
         trim(0)
 
 
+class _Application:
+    """An application that says why it cannot start: of that, uvicorn makes a traceback in the log
+    and an exit code of its own."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.cannot_start: ConfigurationError | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        failed: list[Message] = []
+
+        async def hold_failures(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed":
+                failed.append(message)
+            else:
+                await send(message)
+
+        try:
+            await self._app(scope, receive, hold_failures)
+        except ConfigurationError as error:
+            self.cannot_start = error
+            await send({"type": "lifespan.startup.failed", "message": ""})
+        except BaseException:
+            for message in failed:
+                await send(message)
+            raise
+
+
 def serve(
     serving: Serving, options: ServeOptions, *, idle_timeout: float, announce: Callable[[str], None]
 ) -> int:
     """Serve until a signal; returns the exit code. `announce` gets the URL once the server
-    listens.
+    listens. Raises ConfigurationError where a backend that was chosen cannot be used.
     """
     log = structlog.get_logger("notifyd.server")
     # sse-starlette would end ASGI streams at the signal, before our drain could tell them anything.
@@ -190,9 +225,15 @@ def serve(
         log.info("listening", url=url)
         announce(url)
 
-    server = make_server(serving, options, announce=started)
+    application = _Application(serving.app)
+    server = make_server(replace(serving, app=application), options, announce=started)
     with listener:
-        server.run(sockets=[listener])
+        try:
+            server.run(sockets=[listener])
+        except SystemExit:
+            # So uvicorn ends where the application did not start; it has said the rest.
+            if application.cannot_start is not None:
+                raise application.cannot_start from None
     return 0 if server.started else 1
 
 

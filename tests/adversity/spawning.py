@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 from asyncio.subprocess import DEVNULL
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 from tests.adversity.hosting import Hosted, free_port
@@ -46,40 +46,71 @@ async def spawned(lane: Lane, directory: Path, **environment: str) -> AsyncItera
 
     What `serve` prints, a command with its key, is for the developer at the terminal, and no log.
     """
-    port = free_port()
-    if lane == "sockets":
-        arguments = ["-m", "notifyd", "serve", "--port", str(port)]
-    else:
-        factory = "tests.adversity.application:make"
-        arguments = ["-m", "uvicorn", "--factory", factory, "--port", str(port)]
-    given = {name: value for name, value in os.environ.items() if not name.startswith("NOTIFYD_")}
-    given |= {
-        "NOTIFYD_AUTH__JWT_SECRET": SECRET,
-        "NOTIFYD_AUTH__API_KEY": ADMIN_KEY,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        **environment,
-    }
-    log = directory / f"{lane}.log"
-    with log.open("wb") as output:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *arguments,
-            stdin=DEVNULL,
-            stdout=DEVNULL if lane == "sockets" else output,
-            stderr=output,
-            cwd=directory,
-            env=given,
-        )
+    process = ServerProcess(lane, directory, environment)
     try:
-        server = Spawned(lane, port, process.pid, log)
+        yield await process.start()
+    finally:
+        await process.terminate()
+
+
+class ServerProcess:
+    """The same for tests that kill it and start it again, on the same port."""
+
+    def __init__(self, lane: Lane, directory: Path, environment: Mapping[str, str]) -> None:
+        self.port = free_port()
+        self.log = directory / f"{lane}.log"
+        self._lane: Lane = lane
+        self._directory = directory
+        given = {
+            name: value for name, value in os.environ.items() if not name.startswith("NOTIFYD_")
+        }
+        self._environment = given | {
+            "NOTIFYD_AUTH__JWT_SECRET": SECRET,
+            "NOTIFYD_AUTH__API_KEY": ADMIN_KEY,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            **environment,
+        }
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> Spawned:
+        """Run it until it listens."""
+        if self._lane == "sockets":
+            arguments = ["-m", "notifyd", "serve"]
+        else:
+            arguments = ["-m", "uvicorn", "--factory", "tests.adversity.application:make"]
+        with self.log.open("ab") as output:
+            process = self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *arguments,
+                "--port",
+                str(self.port),
+                stdin=DEVNULL,
+                stdout=DEVNULL if self._lane == "sockets" else output,
+                stderr=output,
+                cwd=self._directory,
+                env=self._environment,
+            )
+        server = Spawned(self._lane, self.port, process.pid, self.log)
         async with asyncio.timeout(START_SECONDS):
             await _listens(server, process)
-        yield server
-    finally:
+        return server
+
+    async def kill(self) -> None:
+        """End it without a warning (SIGKILL)."""
+        process, self._process = self._process, None
+        assert process is not None
+        process.kill()
+        await process.wait()
+
+    async def terminate(self) -> None:
+        """End it in good order, if it runs; it must not have failed by itself."""
+        process, self._process = self._process, None
+        if process is None:
+            return
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
         await asyncio.wait_for(process.wait(), 60)
-    assert process.returncode in (0, -signal.SIGTERM), log.read_text()
+        assert process.returncode in (0, -signal.SIGTERM), self.log.read_text()
 
 
 async def _listens(server: Spawned, process: asyncio.subprocess.Process) -> None:

@@ -149,16 +149,18 @@ async def read_only(store: FaultyStore) -> AsyncIterator[None]:
         return
     owner = await asyncpg.connect(store.server.url)
     try:
-        await _take_no_writes(owner, True)
+        # Sessions that there are keep what they began with, and end: unlike a reload of the
+        # configuration, this is so for all at the same moment.
+        await owner.execute("SET default_transaction_read_only = off")
+        await owner.execute("ALTER DATABASE postgres SET default_transaction_read_only = on")
+        await owner.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
         yield
     finally:
-        await _take_no_writes(owner, False)
+        await owner.execute("ALTER DATABASE postgres RESET default_transaction_read_only")
         await owner.close()
-
-
-async def _take_no_writes(owner: asyncpg.Connection, state: bool) -> None:
-    await owner.execute(f"ALTER SYSTEM SET default_transaction_read_only = {state}")
-    await owner.execute("SELECT pg_reload_conf()")
 
 
 Fault = Callable[[FaultyStore], AbstractAsyncContextManager[None]]

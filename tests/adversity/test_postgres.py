@@ -14,7 +14,7 @@ import pytest
 from notifyd.errors import ConfigurationError, Unavailable
 from notifyd.options import BreakerSettings
 from notifyd.postgres import Migration, Postgres
-from notifyd.queue.postgres import MIGRATIONS, PostgresUserLogs
+from notifyd.queue.postgres import EMPTY_LOG_SECONDS, MIGRATIONS, PostgresUserLogs
 from notifyd.resilience import BreakerState, CircuitBreaker
 from tests.contract.backends import a_notification
 from tests.stores import PostgresServer, proxy, schema
@@ -469,4 +469,30 @@ async def test_what_cannot_be_read_is_set_aside_and_the_rest_is_read(url: str) -
             "SELECT corrupt FROM notifyd_entries WHERE corrupt IS NOT NULL"
         )
         assert len(aside) == 3
+        await connection.close()
+
+
+async def test_what_was_set_aside_goes_with_its_time_though_its_log_is_long_empty(url: str) -> None:
+    now = 1_800_000_000.0
+    async with store(url) as postgres:
+        logs = PostgresUserLogs(
+            postgres,
+            max_size_per_user=100,
+            max_messages=None,
+            message_ttl_seconds=10 * EMPTY_LOG_SECONDS,
+            clock=lambda: now,
+            on_dropped=lambda: None,
+            on_corrupt=lambda reason: None,
+        )
+        await logs.enqueue("acme", ("ann",), a_notification())
+        connection = await asyncpg.connect(url)
+        await connection.execute("UPDATE notifyd_entries SET body = 'nonsense'")
+        assert (await logs.read("acme", "ann")).entries == []
+        now += 2 * EMPTY_LOG_SECONDS
+        assert await logs.expire() == 0
+        now += 10 * EMPTY_LOG_SECONDS
+        for _ in range(2):
+            assert await logs.expire() == 0
+        assert await connection.fetchval("SELECT count(*) FROM notifyd_entries") == 0
+        assert await connection.fetchval("SELECT count(*) FROM notifyd_logs") == 0
         await connection.close()

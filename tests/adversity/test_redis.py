@@ -342,6 +342,39 @@ class TestCorrupt:
         await logs.expire()
         assert await logs.depth() == 1
 
+    async def test_a_count_that_went_by_itself_is_found_again(
+        self, redis: Redis, redis_server: RedisServer
+    ) -> None:
+        logs = some_logs(redis)
+        two = [a_notification(now=time.time()) for _ in range(2)]
+        for each in two:
+            await logs.enqueue("acme", ("ann",), each)
+        depth = f"test:{{{bucket_of(member('acme', 'ann'))}}}:depth"
+        redis_server.command("DEL", depth)
+        await logs.settle("acme", "ann", [two[0].id])
+        assert await logs.depth() == 0
+        assert await logs.expire() == 0
+        assert await logs.depth() == 1
+        assert redis_server.command("TTL", depth) > 0
+        redis_server.command("DEL", depth)
+        await logs.enqueue("acme", ("ann",), a_notification(now=time.time()))
+        assert redis_server.command("TTL", depth) > 0
+
+    async def test_a_full_redis_tells_what_a_log_gave_up(
+        self, redis: Redis, redis_server: RedisServer
+    ) -> None:
+        logs = some_logs(redis)
+        notifications = [a_notification(now=time.time()) for _ in range(101)]
+        for each in notifications:
+            await logs.enqueue("acme", ("ann",), each)
+        with redis_server.out_of_memory():
+            for _ in range(2):
+                told = (await logs.read("acme", "ann")).overflow
+                assert told is not None
+                assert told.count == 1
+            await logs.settle("acme", "ann", [notifications[-1].id])
+            assert (await logs.read("acme", "ann")).overflow is None
+
 
 class TestHousekeeping:
     async def test_every_key_expires_and_scripts_keep_to_one_tag(

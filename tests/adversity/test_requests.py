@@ -13,8 +13,8 @@ import pytest
 
 from tests.adversity.hosting import Hosted
 from tests.adversity.raw import RawClient, request
-from tests.adversity.test_bodies import GOOD, SEND
-from tests.front_door import ORIGIN, token
+from tests.adversity.test_bodies import API, GOOD, SEND
+from tests.front_door import ORIGIN, READ_KEY, token
 
 KEY_CONFLICTS = "Idempotency-Key: {}"
 
@@ -291,6 +291,23 @@ async def test_who_expects_is_refused_before_he_sends(server: Hosted) -> None:
             server.request("POST", SEND, "Expect: 100-continue", "Content-Length: 100000")
         )
         assert (await client.response()).status == 413
+        assert await client.rest() == b""
+
+
+@pytest.mark.parametrize(
+    ("key", "status"), [("X-API-Key: a-stranger", 401), (f"X-API-Key: {READ_KEY}", 403)]
+)
+@pytest.mark.parametrize("length", ["Content-Length: 4000000", "Transfer-Encoding: chunked"])
+async def test_a_strangers_large_body_is_refused_before_it_comes(
+    server: Hosted, length: str, key: str, status: int
+) -> None:
+    async with server.connected() as client:
+        await client.send(
+            f"POST {API}/send-to-users HTTP/1.1\r\nHost: x\r\n{key}\r\n{length}\r\n\r\n".encode()
+        )
+        answer = await client.response()
+        assert answer.status == status
+        assert answer.header("x-request-id")
         assert await client.rest() == b""
 
 

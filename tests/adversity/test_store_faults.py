@@ -3,12 +3,15 @@ and that everything works again by itself."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from statistics import median
 from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from tests.adversity.store_faults import (
     AWAY,
@@ -25,7 +28,19 @@ from tests.adversity.store_faults import (
     faulty_redis,
 )
 from tests.conftest import StartServer
-from tests.front_door import PUBLISH_KEY, READ_KEY, WAIT, Host, user
+from tests.front_door import (
+    PUBLISH_KEY,
+    READ_KEY,
+    WAIT,
+    Host,
+    WebSocketListener,
+    channel,
+    until,
+    user,
+)
+
+AT_ONCE = 0.05
+"""Seconds within which who is away is refused once the breaker is open."""
 
 DOWN = cases(AWAY, UNWRITABLE)
 ALL = cases(MOMENTARY, AWAY, UNWRITABLE)
@@ -49,6 +64,14 @@ async def send(host: Host, *users: str, payload: Any = None) -> httpx.Response:
     target = user(users[0]) if len(users) == 1 else {"type": "users", "value": list(users)}
     body = {"target": target, "event_type": "test.event", "payload": payload}
     return await host.post("/api/v1/notifications", body, key=PUBLISH_KEY)
+
+
+async def settled_in(host: Host, user_id: str, query: str = "") -> WebSocketListener:
+    """A connection whose replay is over: before that, a store that fails is told by `gap`."""
+    websocket = await host.websocket(user_id, query=query)
+    await host.publish(user(user_id), payload="hello")
+    assert (await websocket.expect("notification"))["payload"] == "hello"
+    return websocket
 
 
 async def breaker(host: Host, store: FaultyStore) -> int:
@@ -84,57 +107,76 @@ async def recovered(host: Host, store: FaultyStore) -> None:
 
 @pytest.mark.parametrize(("store", "fault_name"), DOWN)
 async def test_users_who_are_connected_notice_nothing(
-    start_on: StartServer, faulty: FaultyStore, fault: Fault
+    faulty: FaultyStore, fault: Fault, start_on: StartServer
 ) -> None:
     host = await start_on("sockets", **faulty.given())
-    ann = await host.websocket("ann")
+    ann = await settled_in(host, "ann")
+    await ann.subscribe("orders")
+    took = []
     async with fault(faulty):
-        for n in range(THRESHOLD + 2):
-            answer = await host.publish(user("ann"), payload=n)
-            assert (answer["outcome"], answer["delivered_to"]) == ("delivered", 1)
-        assert [each["payload"] for each in await ann.notifications(5)] == list(range(5))
+        for n in range(2 * THRESHOLD):
+            started = time.perf_counter()
+            for target in (user("ann"), channel("orders"), {"type": "broadcast"}):
+                answer = await host.publish(target, payload=n)
+                assert (answer["outcome"], answer["delivered_to"]) == ("delivered", 1)
+            took.append(time.perf_counter() - started)
+        heard = [each["payload"] for each in await ann.notifications(6 * THRESHOLD)]
+        assert heard == [n for n in range(2 * THRESHOLD) for _ in range(3)]
+    # None of them waited for the store, neither before its breaker opened nor behind it.
+    assert median(took) < TIMEOUT
     await recovered(host, faulty)
 
 
 @pytest.mark.parametrize(("store", "fault_name"), DOWN)
 async def test_who_is_away_is_refused_and_soon_at_once(
-    start_on: StartServer, faulty: FaultyStore, fault: Fault
+    faulty: FaultyStore, fault: Fault, start_on: StartServer
 ) -> None:
     host = await start_on("sockets", **faulty.given())
-    ann = await host.websocket("ann")
+    ann = await settled_in(host, "ann")
+    took = []
     async with fault(faulty):
-        started = time.perf_counter()
         await opened(host, faulty)
-        assert time.perf_counter() - started < THRESHOLD * (TIMEOUT + 0.3)
-        for _ in range(10):
+        for _ in range(9):
             started = time.perf_counter()
-            refused = await send(host, "away")
-            assert time.perf_counter() - started < 0.05
-            assert refused.status_code == 503
+            refused = await send(host, "away", payload="refused")
+            took.append(time.perf_counter() - started)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "UNAVAILABLE")
             assert int(refused.headers["Retry-After"]) >= 1
-        several = (await send(host, "ann", "away")).json()
-        assert several["results"]["ann"]["outcome"] == "delivered"
+        # The median, so that it is the server that is measured and not what else the machine does.
+        assert median(took) < AT_ONCE
+        several = (await send(host, "ann", "away", payload="several")).json()
+        assert several["results"]["ann"] == {"outcome": "delivered", "connections": 1}
         assert several["results"]["away"]["outcome"] == "failed"
+        assert several["results"]["away"]["reason"] == "unavailable"
         assert (several["delivered_to"], several["queued"], several["failed"]) == (1, 0, 1)
         health = (await host.get("/health", key=READ_KEY)).json()
         assert (health["status"], health[faulty.name]["status"]) == ("degraded", "degraded")
+        assert health["queue"]["total_messages"] is None
+        # Without it those who are connected are served all the same.
         assert (await host.get("/health/ready", key=None)).status_code == 200
+        assert await host.metric("delivery_failures_total", reason="unavailable") > 0
     await recovered(host, faulty)
-    await ann.notifications(1)
-    # Nothing that was refused was stored all the same.
+    assert (await ann.expect("notification"))["payload"] == "several"
+    # What was refused at once is nowhere; what timed out before may have been stored all the same.
     away = await host.websocket("away")
-    assert (await host.publish(user("away"), payload="first"))["outcome"] == "delivered"
-    assert (await away.expect("notification"))["payload"] == "first"
+    await host.publish(user("away"), payload="first")
+    while (message := await away.receive()).get("payload") != "first":
+        assert message.get("payload") not in {"refused", "several"}
 
 
-@pytest.mark.parametrize(("store", "fault_name"), cases(AWAY))
+@pytest.mark.parametrize("breaker_is", ["closed", "open"])
+@pytest.mark.parametrize(("store", "fault_name"), DOWN)
 async def test_who_connects_meanwhile_is_told_and_gets_his_queue_when_it_is_back(
-    start_on: StartServer, faulty: FaultyStore, fault: Fault
+    faulty: FaultyStore, fault: Fault, start_on: StartServer, fault_name: str, breaker_is: str
 ) -> None:
+    if breaker_is == "closed" and fault_name in UNWRITABLE:
+        pytest.skip("what can be read is replayed until a write finds that the store takes none")
     host = await start_on("sockets", **faulty.given())
     for n in range(3):
         assert (await host.publish(user("ann"), payload=n))["outcome"] == "queued"
     async with fault(faulty):
+        if breaker_is == "open":
+            await opened(host, faulty)
         ann = await host.websocket("ann")
         gap = await ann.expect("gap")
         assert (gap["stream"], gap["reason"]) == ("user:ann", "queue_unavailable")
@@ -145,11 +187,109 @@ async def test_who_connects_meanwhile_is_told_and_gets_his_queue_when_it_is_back
     assert [each["payload"] for each in replayed] == [0, 1, 2]
     assert all(each["metadata"]["replayed"] for each in replayed)
     await recovered(host, faulty)
+    assert (await ann.ack(*(each["id"] for each in replayed)))["type"] == "acked"
+
+
+@pytest.mark.parametrize("comes_back", ["meanwhile", "afterwards"])
+@pytest.mark.parametrize(("store", "fault_name"), DOWN)
+async def test_what_a_dying_connection_held_is_kept_until_the_store_is_back(
+    faulty: FaultyStore, fault: Fault, start_on: StartServer, comes_back: str
+) -> None:
+    host = await start_on("sockets", **faulty.given())
+    writes = host.notifyd._writes
+    dying = await host.raw_websocket("ann", query="acks=1")
+    await host.publish(user("ann"), payload="first")
+    first = await dying.receive()
+    async with fault(faulty):
+        ids = [first["id"]]
+        for n in range(3):
+            ids.append((await host.publish(user("ann"), payload=n))["notification_id"])
+            assert (await dying.receive())["payload"] == n
+        dying.vanish()
+        await until(lambda: not host.notifyd._registry, "the end of the connection")
+        await opened(host, faulty)
+        if comes_back == "meanwhile":
+            ann = await host.websocket("ann", query="acks=1")
+            heard = [await ann.receive()]
+            while heard[-1]["type"] != "caught_up":
+                heard.append(await ann.receive())
+            assert {each["reason"] for each in heard if each["type"] == "gap"} == {
+                "queue_unavailable"
+            }
+            heard = [each for each in heard if each["type"] == "notification"]
+    await recovered(host, faulty)
+    if comes_back == "afterwards":
+        await until(lambda: not writes._homeless and not writes._under_way, "the storing")
+        ann = await host.websocket("ann", query="acks=1")
+        heard = await ann.notifications(4)
+        assert (await ann.expect("caught_up"))["replayed"] == 4
+    assert [each["id"] for each in heard] == ids
+    assert all(each["metadata"]["replayed"] for each in heard)
+    assert (await ann.ack(*ids))["notification_ids"] == ids
+    await ann.close()
+    again = await host.websocket("ann")
+    await host.publish(user("ann"), payload="next")
+    assert (await again.expect("notification"))["payload"] == "next"
+
+
+@pytest.mark.parametrize(("store", "fault_name"), cases(AWAY))
+async def test_acks_meanwhile(faulty: FaultyStore, fault: Fault, start_on: StartServer) -> None:
+    """`acked` is answered where the store need not settle anything, and refused where it must."""
+    host = await start_on("sockets", **faulty.given())
+    queued = (await host.publish(user("ann"), payload="queued"))["notification_id"]
+    ann = await host.websocket("ann", query="acks=1")
+    assert (await ann.expect("notification"))["id"] == queued
+    await ann.expect("caught_up")
+    async with fault(faulty):
+        await opened(host, faulty)
+        live = (await host.publish(user("ann"), payload="live"))["notification_id"]
+        await ann.notifications(1)
+        assert await ann.ack(live) == {"type": "acked", "notification_id": live}
+        refused = await ann.ack(queued)
+        assert (refused["type"], refused["code"]) == ("error", "UNAVAILABLE")
+    await recovered(host, faulty)
+    assert await ann.ack(queued) == {"type": "acked", "notification_id": queued}
+    await ann.close()
+    again = await host.websocket("ann")
+    await host.publish(user("ann"), payload="next")
+    assert (await again.expect("notification"))["payload"] == "next"
+
+
+@pytest.mark.parametrize("store", ["redis", "postgres"])
+async def test_a_pong_confirms_though_the_store_is_down(
+    faulty: FaultyStore, start_on: StartServer
+) -> None:
+    """What it settles in the log is settled later, and does not come again meanwhile."""
+    given = faulty.given(websocket={"heartbeat_interval": 0.05, "idle_timeout": 600})
+    host = await start_on("sockets", **given)
+    await host.publish(user("ann"), payload="queued")
+    ann = await host.raw_websocket("ann")
+    assert (await ann.receive())["payload"] == "queued"
+    ping = b""
+    while not ping:
+        opcode, payload = await ann.receive_frame()
+        ping = payload if opcode == 9 else b""
+    async with FAULTS["refused"](faulty):
+        await opened(host, faulty)
+        ann.send_frame(10, ping)
+        await until(lambda: bool(host.notifyd._writes._unsettled), "the confirmation")
+        ann.vanish()
+        await until(lambda: not host.notifyd._registry, "the end of the connection")
+        again = await host.websocket("ann")
+        await again.expect("gap")
+    await recovered(host, faulty)
+    await host.publish(user("ann"), payload="next")
+    assert (await again.expect("notification"))["payload"] == "next"
+
+    async def settled() -> bool:
+        return await host.metric("queue_messages") == 0
+
+    await eventually(settled, "the settling")
 
 
 @pytest.mark.parametrize(("store", "fault_name"), ALL)
 async def test_what_was_answered_queued_arrives(
-    start_on: StartServer, faulty: FaultyStore, fault: Fault
+    faulty: FaultyStore, fault: Fault, start_on: StartServer
 ) -> None:
     host = await start_on("sockets", **faulty.given())
     stored = []
@@ -188,17 +328,19 @@ async def test_what_was_answered_queued_arrives(
 
 @pytest.mark.parametrize(("store", "fault_name"), DOWN)
 async def test_always_sends_nothing_that_is_not_stored(
-    start_on: StartServer, faulty: FaultyStore, fault: Fault
+    faulty: FaultyStore, fault: Fault, start_on: StartServer
 ) -> None:
     host = await start_on("sockets", **faulty.given(queue={"mode": "always"}))
-    ann = await host.websocket("ann")
+    ann = await settled_in(host, "ann")
     assert (await host.get("/health/ready", key=None)).status_code == 200
     async with fault(faulty):
-        for _ in range(THRESHOLD):
+        took = []
+        for _ in range(THRESHOLD + 9):
+            started = time.perf_counter()
             assert (await send(host, "ann", payload="refused")).status_code == 503
-        started = time.perf_counter()
-        assert (await send(host, "ann", payload="refused")).status_code == 503
-        assert time.perf_counter() - started < 0.05
+            took.append(time.perf_counter() - started)
+        assert median(took[THRESHOLD:]) < AT_ONCE
+        await ann.nothing_came()
         ready = await host.get("/health/ready", key=None)
         assert ready.status_code == 503
         assert faulty.name in ready.json()["error"]["message"]
@@ -214,11 +356,28 @@ async def test_always_sends_nothing_that_is_not_stored(
 
 
 @pytest.mark.parametrize("store", ["redis", "postgres"])
+async def test_a_store_that_hangs_does_not_hold_up_the_end(
+    faulty: FaultyStore, start_on: StartServer
+) -> None:
+    given = faulty.given(server={"shutdown_grace_seconds": 0.5})
+    given[faulty.name]["command_timeout_seconds"] = 600.0
+    host = await start_on("sockets", **given)
+    ann = await settled_in(host, "ann", "acks=1")
+    await host.publish(user("ann"), payload="second")
+    await ann.notifications(1)
+    async with FAULTS["stopped"](faulty):
+        with capture_logs() as log:
+            async with asyncio.timeout(2 * WAIT):
+                await host.shut_down()
+    assert [each["lost"] for each in log if "lost" in each] == [2]
+
+
+@pytest.mark.parametrize("store", ["redis", "postgres"])
 async def test_a_repeated_call_delivers_once_though_the_store_is_down(
-    start_on: StartServer, faulty: FaultyStore
+    faulty: FaultyStore, start_on: StartServer
 ) -> None:
     host = await start_on("sockets", **faulty.given())
-    ann = await host.websocket("ann")
+    ann = await settled_in(host, "ann")
     body = {"target": user("ann"), "event_type": "test.event", "payload": 1}
 
     async def call(key: str) -> httpx.Response:
@@ -242,10 +401,10 @@ async def test_a_repeated_call_delivers_once_though_the_store_is_down(
 
 @pytest.mark.parametrize("store", ["redis", "postgres"])
 async def test_a_template_that_was_used_is_used_without_the_store(
-    start_on: StartServer, faulty: FaultyStore
+    faulty: FaultyStore, start_on: StartServer
 ) -> None:
     host = await start_on("sockets", **faulty.given())
-    ann = await host.websocket("ann")
+    ann = await settled_in(host, "ann")
     template = {
         "id": "order",
         "name": "Order",
@@ -265,7 +424,7 @@ async def test_a_template_that_was_used_is_used_without_the_store(
 
 @pytest.mark.parametrize("store", ["redis", "postgres"])
 async def test_figures_are_told_without_the_store(
-    start_on: StartServer, faulty: FaultyStore
+    faulty: FaultyStore, start_on: StartServer
 ) -> None:
     host = await start_on("sockets", **faulty.given())
     async with FAULTS["refused"](faulty):

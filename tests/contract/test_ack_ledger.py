@@ -164,6 +164,20 @@ class TestAcknowledging:
         assert found is not None
         assert (list(found.recipients), found.acks) == ([], 2)
 
+    @pytest.mark.parametrize("first", ["anyone", "ann"])
+    async def test_whom_it_expects_is_settled_by_the_first(
+        self, backend: Backend, first: str
+    ) -> None:
+        ledger = await backend.ledger()
+        for name in [first, *({"anyone", "ann"} - {first})]:
+            if name == "anyone":
+                await settled(ledger.expect_anyone("acme", FIRST))
+            else:
+                await expect(ledger, FIRST, name)
+        assert await states(ledger, FIRST) == ({} if first == "anyone" else {"ann": "pending"})
+        assert (await stats(ledger)).pending == (first == "ann")
+        assert bool(await acknowledge(ledger, "bob", FIRST)) == (first == "anyone")
+
     async def test_another_tenants_report_is_its_own(self, backend: Backend) -> None:
         ledger = await backend.ledger()
         await expect(ledger, FIRST, "ann", tenant="globex")

@@ -70,7 +70,7 @@ PLANS: dict[str, tuple[list[Any], set[str]]] = {
         [TENANTS, SOME_USERS, [0] * 100, [65536] * 100, NOW],
         {"notifyd_logs_tenant_user_id_key", "notifyd_entries_pkey"},
     ),
-    "tell_overflow": ([SOME_LOGS], {"notifyd_logs_pkey"}),
+    "tell_overflow": ([SOME_LOGS, [False] * 100], {"notifyd_logs_pkey"}),
     "set_aside": ([SOME_LOGS, OFFSETS, ["shape"] * 100, 1], {"notifyd_entries_pkey"}),
     "find_expired": ([NOW + 10, 1000], {"notifyd_entries_to_expire"}),
     "lock_free_logs": ([SOME_LOGS], {"notifyd_logs_pkey"}),

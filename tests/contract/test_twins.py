@@ -3,6 +3,7 @@ believed."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -12,7 +13,18 @@ from hypothesis import strategies as st
 from notifyd.eventually import settled
 from notifyd.notification import Notification, Priority
 from notifyd.queue.base import AckLedger, UserLogs
-from tests.contract.backends import BACKENDS, Clock, Memory, RedisBackend, a_notification, memory
+from notifyd.queue.redis_keys import bucket_of, member
+from tests.contract.backends import (
+    BACKENDS,
+    NOW,
+    Backend,
+    Clock,
+    Memory,
+    PostgresBackend,
+    RedisBackend,
+    a_notification,
+    memory,
+)
 
 USERS = ["ann", "bob", "cleo"]
 ID = "6f1de0fd-0000-4000-8000-{:012d}"
@@ -56,7 +68,7 @@ LEDGER_STEPS = st.one_of(
     st.tuples(st.just("report"), st.integers(0, 8)),
 )
 A_FEW = settings(
-    max_examples=60,
+    max_examples=100,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -121,21 +133,44 @@ async def do_to_ledger(ledger: AckLedger, step: Any) -> object:
     return None
 
 
-@pytest.fixture(params=[name for name in sorted(BACKENDS) if name == "redis"])
-def store(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=["redis", "postgres"])
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
+    """One for all examples: making a schema takes longer than an example does."""
+    async with BACKENDS[request.param](Clock(), request.getfixturevalue) as backend:
+        yield backend
+
+
+async def emptied(backend: Backend) -> Backend:
+    """As it was before the first example."""
+    backend.clock.now = NOW
+    backend.told.__init__()  # type: ignore[misc]  # the backends' callbacks are bound to it
+    if isinstance(backend, RedisBackend):
+        keys = await backend.redis.command("KEYS", f"{backend.keys._prefix}:*")
+        if keys:
+            await backend.redis.command("DEL", *keys)
+    elif isinstance(backend, PostgresBackend):
+
+        async def empty(connection: Any) -> None:
+            await connection.execute(
+                "DELETE FROM notifyd_logs; DELETE FROM notifyd_entries;"
+                " DELETE FROM notifyd_ack_records; DELETE FROM notifyd_acks;"
+                " UPDATE notifyd_log_totals SET pending = 0;"
+                " UPDATE notifyd_ack_totals SET size = 0, pending = 0, acknowledged = 0,"
+                " expired = 0, seconds = 0, recent = '{}'"
+            )
+
+        await backend.postgres.transaction(empty)
+    return backend
 
 
 @given(steps=st.lists(LOG_STEPS, max_size=40), max_size=st.sampled_from([1, 2, 5]))
 @A_FEW
 async def test_logs(
-    store: str, steps: list[Any], max_size: int, request: pytest.FixtureRequest
+    store: Backend, steps: list[Any], max_size: int, request: pytest.FixtureRequest
 ) -> None:
-    clock = Clock()
-    async with (
-        memory(clock, request.getfixturevalue) as model,
-        BACKENDS[store](clock, request.getfixturevalue) as backend,
-    ):
+    backend = await emptied(store)
+    clock = backend.clock
+    async with memory(clock, request.getfixturevalue) as model:
         expected, actual = [
             await each.logs(max_size_per_user=max_size, message_ttl_seconds=25)
             for each in (model, backend)
@@ -157,7 +192,8 @@ async def test_logs(
 async def check_what_stands_in_redis(backend: RedisBackend) -> None:
     """What log.lua says is kept true."""
     redis = backend.redis
-    for bucket in backend.keys.buckets:
+    for number in sorted({bucket_of(member("acme", user)) for user in USERS}):
+        bucket = backend.keys.buckets[number]
         logs = await redis.command("KEYS", f"{bucket.log}*")
         orders = await redis.command("KEYS", f"{bucket.order}*")
         due = set(await redis.command("ZRANGE", bucket.due, 0, -1))
@@ -177,12 +213,10 @@ async def check_what_stands_in_redis(backend: RedisBackend) -> None:
 
 @given(steps=st.lists(LEDGER_STEPS, max_size=40))
 @A_FEW
-async def test_ledger(store: str, steps: list[Any], request: pytest.FixtureRequest) -> None:
-    clock = Clock()
-    async with (
-        memory(clock, request.getfixturevalue) as model,
-        BACKENDS[store](clock, request.getfixturevalue) as backend,
-    ):
+async def test_ledger(store: Backend, steps: list[Any], request: pytest.FixtureRequest) -> None:
+    backend = await emptied(store)
+    clock = backend.clock
+    async with memory(clock, request.getfixturevalue) as model:
         expected = await model.ledger(timeout_seconds=15, max_pending=9)
         actual = await backend.ledger(timeout_seconds=15, max_pending=9)
         assert isinstance(model, Memory)

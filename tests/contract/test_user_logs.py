@@ -226,7 +226,9 @@ class TestOverflow:
         stored = await fill(logs, 3)
         assert await ids(logs) == [each.id for each in stored[1:]]
 
-    async def test_is_told_once_with_its_count_and_range(self, backend: Backend) -> None:
+    async def test_is_told_with_its_count_and_range_until_something_is_settled(
+        self, backend: Backend
+    ) -> None:
         logs = await backend.logs(max_size_per_user=3)
         await fill(logs, 3)
         offsets = [entry.offset for entry in await entries(logs)]
@@ -234,11 +236,30 @@ class TestOverflow:
         page = await settled(logs.read("acme", "ann"))
         assert page.overflow == Overflow(2, offsets[0], offsets[1])
         assert len(page.entries) == 3
+        # Whoever read it may have died before he heard of it.
+        assert await overflow(logs) == page.overflow
+        await settled(logs.settle("acme", "ann", [new_uuid()]))
+        assert await overflow(logs) == page.overflow
+        await settled(logs.settle("acme", "ann", [page.entries[-1].notification.id]))
         assert await overflow(logs) is None
-        await fill(logs, 1)
+        await fill(logs, 2)
         told = await overflow(logs)
         assert told is not None
         assert (told.count, told.first) == (1, offsets[2])
+
+    async def test_settling_forgets_only_what_was_told(self, backend: Backend) -> None:
+        logs = await backend.logs(max_size_per_user=2)
+        stored = await fill(logs, 3)
+        await settled(logs.settle("acme", "ann", [stored[1].id]))
+        first = await overflow(logs)
+        assert first is not None
+        more = await fill(logs, 2)
+        await settled(logs.settle("acme", "ann", [more[0].id]))
+        told = await overflow(logs)
+        assert told is not None
+        assert (told.count, told.first) == (2, first.first)
+        await settled(logs.settle("acme", "ann", [more[1].id]))
+        assert await overflow(logs) is None
 
     async def test_is_told_by_the_first_page_only(self, backend: Backend) -> None:
         logs = await backend.logs(max_size_per_user=3)

@@ -142,6 +142,17 @@ class TestTurn:
         outcomes = await asyncio.gather(*waiting, return_exceptions=True)
         assert [type(each) for each in outcomes] == [Unavailable] * 2
 
+    async def test_closing_gives_those_at_work_and_those_who_wait_some_time(self) -> None:
+        store = Store()
+        store.go.clear()
+        turn = Turn(store.answer, take=take(1))
+        waiting = calls(turn, "ab")
+        closing = asyncio.ensure_future(turn.aclose(60))
+        await asyncio.sleep(0)
+        store.go.set()
+        await closing
+        assert [each.result() for each in waiting] == ["a", "b"]
+
 
 class TestFiles:
     def test_queries_by_name_without_their_sentences(self, tmp_path: Path) -> None:

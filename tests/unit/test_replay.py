@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from notifyd.connections.connection import State
 from notifyd.connections.outbox import Bounds
 from notifyd.notification import Audience, Notification, Target
-from notifyd.queue.base import entry_bytes
+from notifyd.queue.base import Page, entry_bytes
 from tests.unit.connected import Connected, RecordingSink, World, a_notification
 
 
@@ -283,12 +284,21 @@ class TestAgain:
         world = World(bounds=Bounds(max_bytes=1500, max_messages=1000, total_bytes=1 << 30))
         client = world.connect()
         client.read()
-        client.connection.outbox.pause()
-        assert client.connection.outbox.put(b"x" * 1500)
         notification = a_notification()
         world.logs.enqueue("default", ["u1"], notification)
+        logs = world.logs
+
+        class Slow:
+            async def read(self, *args: Any, **options: Any) -> Page:
+                client.connection.outbox.pause()
+                assert client.connection.outbox.put(b"x" * 1500)
+                page: Page = logs.read(*args, **options)
+                return page
+
+        world.replayer._logs = Slow()  # type: ignore[assignment]  # only read is called
         world.replayer.again(client.connection)
         await world.tasks_done()
+        world.replayer._logs = logs
         assert client.connection.state is State.CLOSED
         assert client.connection.unconfirmed is None
         assert world.connect().read_notifications() == [notification.id]

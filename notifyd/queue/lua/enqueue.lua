@@ -22,7 +22,7 @@ local function give_up(log, order, victim, offset)
     local told = redis.call('HMGET', log, 'c', 'f', 'l')
     local first, last = tonumber(told[2]) or offset, tonumber(told[3]) or offset
     redis.call('HSET', log, 'c', (tonumber(told[1]) or 0) + 1,
-        'f', math.min(first, offset), 'l', math.max(last, offset))
+        'f', math.min(first, offset), 'l', math.max(last, offset), 'n', 1)
     given_up = given_up + 1
 end
 
@@ -89,8 +89,9 @@ for user = 1, #ARGV - 8 do
     answer[user + 2] = store(KEYS[key], KEYS[key + 1], ARGV[user + 8])
 end
 local change = stored - given_up - expired
-if change ~= 0 then
-    redis.call('INCRBY', depth, change)
+if change ~= 0 and redis.call('INCRBY', depth, change) == change then
+    -- It was not there: what is new has no expiry yet.
+    renew = true
 end
 if renew then
     -- Longer than any user's.

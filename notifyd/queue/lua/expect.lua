@@ -17,7 +17,9 @@ if redis.call('HSETNX', record, 's', now) == 1 then
         redis.call('HSET', record, 'n', 0)
     end
 end
-for from = 9, #ARGV, 500 do
+-- What anybody may ack expects nobody in particular later either.
+local last = redis.call('HEXISTS', record, 'n') == 1 and 8 or #ARGV
+for from = 9, last, 500 do
     local users = {unpack(ARGV, from, math.min(from + 499, #ARGV))}
     local states = redis.call('HMGET', record, unpack(users))
     local changes, scores, returned = {}, {}, {}
@@ -48,7 +50,7 @@ for from = 9, #ARGV, 500 do
         waiting = waiting + redis.call('ZADD', pending, unpack(scores))
     end
 end
-if kind == 'sent' then
+if kind == 'sent' and last > 8 then
     redis.call('ZADD', due, 'LT', now + timeout, member)
 end
 count(stats, 'pending', waiting)

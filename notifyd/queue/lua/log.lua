@@ -5,8 +5,8 @@
 --   log     hash: notification id -> entry: when it expires (ms, 13 digits), what it counts against
 --           a page (8 digits), the notification.
 --           Beside the entries: o last offset, e epoch, u when its keys go at last (ms), x when the
---           first entry expires, or earlier (ms), c f l what it gave up and did not tell yet: count,
---           first and last offset.
+--           first entry expires, or earlier (ms), c f l what it gave up: count, first and last
+--           offset, and n while nobody was told.
 --   order   sorted set: pending ids by rank * RANK + offset, so what is given up first comes first
 -- Its bucket:
 --   depth   pending entries of all its users
@@ -62,8 +62,9 @@ end
 -- empty. What is left of it keeps the next offset above all that there were, so that no cursor
 -- stands beyond it.
 local function account(depth, due, log, order, member, removed, rest_ms)
-    if removed > 0 then
-        redis.call('DECRBY', depth, removed)
+    if removed > 0 and redis.call('DECRBY', depth, removed) <= 0 then
+        -- It would begin to count from here, and for ever, where it was lost.
+        redis.call('DEL', depth)
     end
     if redis.call('EXISTS', order) == 0 then
         redis.call('ZREM', due, member)

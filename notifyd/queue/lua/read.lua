@@ -1,5 +1,6 @@
 -- A page of a user's pending entries in the order of their offsets, without those that have expired;
--- the first page also tells what the log gave up, and telling it forgets it.
+-- the first page also tells what the log gave up. It is forgotten when something is settled after
+-- that (settle.lua), or at once where there is nothing to settle.
 --
 -- KEYS: depth, due, log, order
 -- ARGV: now or '', after (offset), max_bytes, name, rest_ms
@@ -9,7 +10,7 @@
 local depth, due, log, order = unpack(KEYS)
 local now, after, max_bytes = time(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local answer = {0, 0, 0, 0, 0}
-local told = false
+local forgot = false
 
 if after == 0 then
     local overflow = redis.call('HMGET', log, 'c', 'f', 'l')
@@ -17,8 +18,8 @@ if after == 0 then
         for each = 1, 3 do
             answer[each + 1] = tonumber(overflow[each])
         end
-        redis.call('HDEL', log, 'c', 'f', 'l')
-        told = true
+        -- Only what deletes: a Redis that is full refuses all else.
+        redis.call('HDEL', log, 'n')
     end
 end
 
@@ -89,8 +90,12 @@ while #heads > 0 do
     step(which)
 end
 remove(log, order, dead)
+if #answer == 5 and answer[2] > 0 then
+    redis.call('HDEL', log, 'c', 'f', 'l')
+    forgot = true
+end
 answer[1] = #dead - vanished
-if #dead > 0 or told then
+if #dead > 0 or forgot then
     account(depth, due, log, order, ARGV[4], #dead, ARGV[5])
 end
 return answer

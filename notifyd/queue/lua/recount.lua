@@ -3,11 +3,12 @@
 --
 -- KEYS: depth, due
 -- ARGV: what the order's key begins with, before the user's name: of the same bucket as KEYS, but not
---       known beforehand
+--       known beforehand; how long the count is kept where it was lost (ms)
 
 local pending = 0
 for _, member in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
     pending = pending + redis.call('ZCARD', ARGV[1] .. member)
 end
-redis.call('SET', KEYS[1], pending, 'KEEPTTL')
+local keep = math.max(redis.call('PTTL', KEYS[1]), ARGV[2])
+redis.call('SET', KEYS[1], pending, 'PX', keep)
 return pending

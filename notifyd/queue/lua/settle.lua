@@ -1,4 +1,5 @@
--- Settles notifications in a user's log: each once, whoever asks, and counted off.
+-- Settles notifications in a user's log: each once, whoever asks, and counted off. What the log gave
+-- up and told is forgotten, for somebody was reached.
 --
 -- KEYS: depth, due, log, order
 -- ARGV: name, rest_ms, then ids
@@ -19,6 +20,9 @@ for from = 3, #ARGV, 1000 do
 end
 if #found > 0 then
     remove(log, order, found)
+    if redis.call('HEXISTS', log, 'c') == 1 and redis.call('HEXISTS', log, 'n') == 0 then
+        redis.call('HDEL', log, 'c', 'f', 'l')
+    end
     account(depth, due, log, order, ARGV[1], #found, ARGV[2])
 end
 return answer

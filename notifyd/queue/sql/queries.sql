@@ -86,7 +86,7 @@ USING unnest($1::bigint[], $2::bigint[]) AS wanted (log_id, entry_offset)
 WHERE entry.log_id = wanted.log_id AND entry.entry_offset = wanted.entry_offset
 
 -- name: update_full_logs
--- Notes what full logs hold now, and what they gave up, until somebody is told.
+-- Notes what full logs hold now, and what they gave up, which nobody was told yet.
 UPDATE notifyd_logs AS log SET
     pending = wanted.pending,
     overflow_count = log.overflow_count + wanted.given_up,
@@ -100,6 +100,7 @@ UPDATE notifyd_logs AS log SET
         WHEN log.overflow_count = 0 THEN wanted.last
         ELSE greatest(log.overflow_last, wanted.last)
     END,
+    overflow_told = log.overflow_told AND wanted.given_up = 0,
     expires_first = CASE
         WHEN NOT wanted.looked_through THEN log.expires_first
         ELSE least(wanted.expires_first, (
@@ -123,6 +124,7 @@ FOR UPDATE OF log
 
 -- name: settle
 -- Takes what was confirmed out of locked logs, once, and off their counts; returns what was there.
+-- What a log gave up and told is forgotten, for somebody was reached.
 WITH gone AS (
     DELETE FROM notifyd_entries AS entry
     USING unnest($1::bigint[], $2::uuid[]) AS wanted (log_id, notification_id)
@@ -131,8 +133,9 @@ WITH gone AS (
         AND entry.corrupt IS NULL
     RETURNING entry.log_id, entry.notification_id
 ), logs AS (
-    UPDATE notifyd_logs AS log
-    SET pending = log.pending - counted.count
+    UPDATE notifyd_logs AS log SET
+        pending = log.pending - counted.count,
+        overflow_count = CASE WHEN log.overflow_told THEN 0 ELSE log.overflow_count END
     FROM (SELECT log_id, count(*) AS count FROM gone GROUP BY log_id) AS counted
     WHERE log.id = counted.log_id
 ), total AS (
@@ -185,15 +188,18 @@ LEFT JOIN LATERAL (
 ORDER BY wanted.number, page.entry_offset
 
 -- name: tell_overflow
--- Forgets what these locked logs gave up, and returns it to the one who tells it.
+-- Notes that these locked logs tell what they gave up, and returns it; those without an entry, which
+-- nobody can settle, forget it.
 UPDATE notifyd_logs AS log
-SET overflow_count = 0
+SET overflow_told = true, overflow_count = CASE WHEN told.empty THEN 0 ELSE told.count END
 FROM (
-    SELECT id, overflow_count, overflow_first, overflow_last FROM notifyd_logs
-    WHERE id = ANY ($1::bigint[]) AND overflow_count > 0
+    SELECT id, empty, overflow_count AS count, overflow_first AS first, overflow_last AS last
+    FROM unnest($1::bigint[], $2::boolean[]) AS wanted (id, empty)
+    JOIN notifyd_logs USING (id)
+    WHERE overflow_count > 0
 ) AS told
 WHERE log.id = told.id
-RETURNING told.id, told.overflow_count, told.overflow_first, told.overflow_last
+RETURNING told.id, told.count, told.first, told.last
 
 -- name: set_aside
 -- Entries of locked logs that cannot be read are pending no more, and kept with the reason.
@@ -254,7 +260,8 @@ SELECT count(*) FILTER (WHERE corrupt IS NULL) AS pending, count(*) AS rows FROM
 
 -- name: forget_logs
 -- Looks through some logs from behind an id, and forgets those that have been empty for long, with
--- nothing left to tell; returns where to go on, null at the end.
+-- nothing left to tell, nor an entry that was set aside, which the sweep finds by its log; returns
+-- where to go on, null at the end.
 WITH part AS (
     SELECT id, pending, overflow_count, touched_at FROM notifyd_logs
     WHERE id > $1
@@ -268,8 +275,9 @@ WITH part AS (
     ORDER BY tenant, user_id
     FOR UPDATE SKIP LOCKED
 ), gone AS (
-    DELETE FROM notifyd_logs
+    DELETE FROM notifyd_logs AS log
     WHERE id IN (SELECT id FROM empty) AND pending = 0 AND overflow_count = 0
+        AND NOT EXISTS (SELECT FROM notifyd_entries AS entry WHERE entry.log_id = log.id)
 )
 SELECT CASE WHEN count(*) = $2 THEN max(id) END FROM part
 
@@ -286,8 +294,8 @@ FROM unnest($1::text[], $2::uuid[], $3::float8[], $4::boolean[], $5::integer[])
     AS wanted (tenant, notification_id, sent_at, anyone, recipients)
 ORDER BY tenant COLLATE "C", notification_id
 ON CONFLICT (tenant, notification_id) DO UPDATE SET
-    recipients = record.recipients + EXCLUDED.recipients
-RETURNING id, tenant, notification_id, xmax = 0 AS fresh
+    recipients = record.recipients + CASE WHEN record.anyone THEN 0 ELSE EXCLUDED.recipients END
+RETURNING id, tenant, notification_id, anyone, xmax = 0 AS fresh
 
 -- name: find_acks
 -- What the ledger knows of these recipients.

@@ -6,7 +6,8 @@
 -- record, and checking every row again would cost a third of the writes.
 
 -- One row for each user whose log is not empty, or was not long ago. `pending` counts its entries,
--- none of which expires before `expires_first`. Updated in place: no index holds what changes.
+-- none of which expires before `expires_first`; `overflow_count` what it gave up, and whether that
+-- was told since. Updated in place: no index holds what changes.
 CREATE TABLE notifyd_logs (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     tenant text COLLATE "C" NOT NULL,
@@ -18,6 +19,7 @@ CREATE TABLE notifyd_logs (
     overflow_count integer NOT NULL DEFAULT 0,
     overflow_first bigint NOT NULL DEFAULT 0,
     overflow_last bigint NOT NULL DEFAULT 0,
+    overflow_told boolean NOT NULL DEFAULT false,
     touched_at double precision NOT NULL,
     UNIQUE (tenant, user_id)
 ) WITH (fillfactor = 70);

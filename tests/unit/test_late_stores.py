@@ -1,0 +1,223 @@
+"""Order, and once on a connection, where a store answers later: each answer comes when the test
+says so."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from notifyd.eventually import Eventually
+from notifyd.notification import Receipt, Target
+from notifyd.queue.base import Page, Rejection
+from notifyd.queue.memory import MemoryUserLogs
+from tests.unit.connected import NOW, Connected, World
+
+T = TypeVar("T")
+
+
+class LateLogs:
+    """A store at some distance: what is written arrives when it is answered, what is read was read
+    when it was asked for."""
+
+    def __init__(self) -> None:
+        self._logs = MemoryUserLogs(
+            max_size_per_user=100,
+            max_messages=100,
+            message_ttl_seconds=1000,
+            clock=lambda: NOW,
+            on_dropped=lambda: None,
+        )
+        self._waiting: list[tuple[str, Callable[[], object]]] = []
+
+    def _later(self, name: str, work: Callable[[], T]) -> asyncio.Future[T]:
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.append((name, lambda: answer.set_result(work())))
+        return answer
+
+    async def answer(self, name: str) -> None:
+        """Answer the oldest call of this method, and let everybody who waited go on."""
+        found = next(waiting for waiting in self._waiting if waiting[0] == name)
+        self._waiting.remove(found)
+        found[1]()
+        await turns()
+
+    async def answer_all(self) -> None:
+        """Answer everything, in order, until nothing is asked."""
+        while self._waiting:
+            await self.answer(self._waiting[0][0])
+
+    def enqueue(self, *args: Any) -> Eventually[Sequence[Rejection | None]]:
+        return self._later("enqueue", lambda: self._logs.enqueue(*args))
+
+    def read(self, *args: Any, **options: Any) -> Eventually[Page]:
+        page = self._logs.read(*args, **options)
+        return self._later("read", lambda: page)
+
+    def settle(self, *args: Any) -> Eventually[frozenset[str]]:
+        return self._later("settle", lambda: self._logs.settle(*args))
+
+
+async def turns() -> None:
+    """Whatever goes on by itself has gone on."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+class Late:
+    """A world over such a store, and a publisher who sends to u1."""
+
+    def __init__(self, *, store_first: bool = False) -> None:
+        self.logs = LateLogs()
+        loop = asyncio.get_running_loop()
+        self.world = World(logs=self.logs, store_first=store_first, loop=loop)
+
+    def send(self, **options: Any) -> asyncio.Future[Receipt]:
+        receipt = self.world.dispatch("u1", **options)
+        if isinstance(receipt, Receipt):
+            answered: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
+            answered.set_result(receipt)
+            return answered
+        return asyncio.ensure_future(receipt)
+
+    async def sent(self, **options: Any) -> str:
+        """The id of one that was answered."""
+        receipt = self.send(**options)
+        await turns()
+        await self.logs.answer_all()
+        return (await receipt).notification_id
+
+    async def connected(self, **options: Any) -> Connected:
+        """Connected, and replayed to."""
+        client = self.world.connect("u1", **options)
+        await turns()
+        await self.logs.answer_all()
+        client.read()
+        return client
+
+
+async def test_what_was_queued_during_the_connecting_comes_before_what_is_sent_next() -> None:
+    late = Late()
+    first = late.send()
+    await turns()
+    client = late.world.connect("u1")
+    await turns()
+    await late.logs.answer("read")
+    await late.logs.answer("enqueue")
+    second = late.send()
+    await turns()
+    await late.logs.answer_all()
+    messages = [each for each in client.read() if each["type"] == "notification"]
+    ids = [(await first).notification_id, (await second).notification_id]
+    assert [each["id"] for each in messages] == ids
+    assert [each["metadata"].get("replayed") for each in messages] == [True, None]
+
+
+async def test_what_is_queued_during_a_replay_comes_before_what_is_sent_next() -> None:
+    late = Late()
+    earlier = await late.sent()
+    first = late.send()
+    client = late.world.connect("u1")
+    await turns()
+    await late.logs.answer("enqueue")
+    second = late.send()
+    await turns()
+    await late.logs.answer_all()
+    ids = [earlier, (await first).notification_id, (await second).notification_id]
+    messages = client.read()
+    assert [each["id"] for each in messages if each["type"] == "notification"] == ids
+    kinds = [each["type"] for each in messages]
+    assert kinds == ["connected", "notification", "notification", "caught_up", "notification"]
+
+
+async def test_stored_first_it_comes_in_order_whatever_is_replayed() -> None:
+    late = Late(store_first=True)
+    sent = [await late.sent()]
+    client = late.world.connect("u1")
+    await turns()
+    # Not in the page that is under way; its answer comes when that replay is over.
+    receipts = [late.send()]
+    await turns()
+    await late.logs.answer("read")
+    assert not receipts[0].done()
+    receipts.append(late.send())
+    await late.logs.answer("enqueue")
+    receipts.append(late.send())
+    await turns()
+    await late.logs.answer_all()
+    receipts.append(late.send())
+    await turns()
+    await late.logs.answer_all()
+    sent += [(await receipt).notification_id for receipt in receipts]
+    assert client.read_notifications() == sent
+
+
+async def test_other_streams_do_not_wait_until_a_busy_user_is_sent_nothing_more() -> None:
+    late = Late(store_first=True)
+    client = await late.connected(subscribe=("news",))
+    client.connection.outbox.hold_back()
+    late.world.replayer.again(client.connection)
+    await turns()
+    news = late.world.send(Target("channel", ("news",)))
+    for _ in range(3):
+        late.send()
+        await turns()
+        await late.logs.answer("enqueue")
+        await late.logs.answer("read")
+    assert news.notification_id in client.read_notifications()
+    assert client.connection.outbox.holds_back
+    await late.logs.answer_all()
+    assert not client.connection.outbox.holds_back
+
+
+async def test_a_page_does_not_bring_again_what_was_acked_since_it_was_asked_for() -> None:
+    late = Late(store_first=True)
+    client = await late.connected(acks=True)
+    id = await late.sent()
+    assert client.read_notifications() == [id]
+    late.world.replayer.again(client.connection)
+    await turns()
+    client.say("Ack", notification_id=id)
+    await turns()
+    await late.logs.answer("settle")
+    await late.logs.answer("read")
+    assert client.read_types() == ["acked"]
+    assert late.world.confirmations._settled_during_replay == {}
+
+
+async def test_a_page_does_not_bring_again_what_is_being_settled() -> None:
+    late = Late(store_first=True)
+    client = await late.connected(acks=True)
+    id = await late.sent()
+    assert client.read_notifications() == [id]
+    client.say("Ack", notification_id=id)
+    await turns()
+    late.world.replayer.again(client.connection)
+    await turns()
+    await late.logs.answer("settle")
+    await late.logs.answer("read")
+    assert client.read_types() == ["acked"]
+    assert list(late.world.writes.settling("default", "u1")) == []
+
+
+async def test_two_acks_of_the_same_are_one_settling_until_both_are_answered() -> None:
+    late = Late(store_first=True)
+    client = await late.connected(acks=True)
+    id = await late.sent()
+    for _ in range(2):
+        client.say("Ack", notification_id=id)
+    await turns()
+    await late.logs.answer("settle")
+    assert list(late.world.writes.settling("default", "u1")) == [id]
+    await late.logs.answer("settle")
+    assert list(late.world.writes.settling("default", "u1")) == []
+    assert client.read_types() == ["notification", "acked", "acked"]
+
+
+async def test_the_senders_own_connection_is_not_replayed_to() -> None:
+    late = Late(store_first=True)
+    client = await late.connected()
+    other = await late.connected()
+    id = await late.sent(exclude_connection=client.id)
+    assert other.read_notifications() == [id]
+    assert client.read_notifications() == []
