@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TypeVar
 
+import msgspec
 import structlog
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -31,6 +32,7 @@ from notifyd.background import BackgroundTasks
 from notifyd.channel_rules import ChannelRules
 from notifyd.client.calls import Call
 from notifyd.client.clients import PublishingCalls
+from notifyd.cluster.nodes import machine_name
 from notifyd.cluster.router import Cluster
 from notifyd.connections.admission import Admission
 from notifyd.connections.connection import State
@@ -54,7 +56,7 @@ from notifyd.options import Settings
 from notifyd.queue.base import AckLedger, UserLogs
 from notifyd.server.door import Timeouts
 from notifyd.server.http import Services
-from notifyd.server.serve import Serving
+from notifyd.server.serve import Serving, supervise
 from notifyd.server.serve import serve as serve_sockets
 from notifyd.settings import problems
 
@@ -447,11 +449,39 @@ def sockets_of(notifyd: Notifyd, timeouts: Timeouts | None = None) -> Serving:
 
 
 def serve(settings: Settings, *, announce: Callable[[str], None]) -> int:
-    """`notifyd serve`: run until a signal; returns the exit code."""
+    """`notifyd serve`: run until a signal; returns the exit code.
+
+    Raises ConfigurationError where a backend that was chosen cannot be used.
+    """
     configure_logging(settings.log, sys.stderr)
+    if settings.server.workers > 1:
+        # What cannot be is said once, and not by each of the workers.
+        Notifyd(settings)
+        return supervise(partial(partial, _work, settings), settings.server, announce=announce)
+    return _serve(settings, announce)
+
+
+def _serve(settings: Settings, announce: Callable[[str], None], *, share_port: bool = False) -> int:
     return serve_sockets(
         sockets_of(Notifyd(settings)),
         settings.server,
         idle_timeout=settings.websocket.idle_timeout,
         announce=announce,
+        share_port=share_port,
     )
+
+
+def _work(settings: Settings, port: int, number: int, ready: Callable[[], None]) -> int:
+    """One of several workers: a node of the cluster by itself, on the port that they share."""
+    configure_logging(settings.log, sys.stderr)
+    name = f"{settings.cluster.node_id or machine_name()}-{number}"
+    own = msgspec.structs.replace(
+        settings,
+        server=msgspec.structs.replace(settings.server, port=port, workers=1),
+        cluster=msgspec.structs.replace(settings.cluster, node_id=name[-64:]),
+    )
+    try:
+        return _serve(own, lambda url: ready(), share_port=True)
+    except ConfigurationError as error:
+        structlog.get_logger("notifyd").error("a worker cannot start", reason=str(error))
+        return 1

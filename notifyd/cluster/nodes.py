@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 import secrets
 import socket
 import time
@@ -34,12 +35,13 @@ def script(name: str) -> Script:
 
 def default_name() -> str:
     """A name for a node that was given none: the machine's, and the process's number."""
-    plain = "".join(each if each.isalnum() or each in "-._" else "-" for each in _host())
-    return f"{plain[:48]}-{os.getpid()}"
+    return f"{machine_name()}-{os.getpid()}"
 
 
-def _host() -> str:
-    return socket.gethostname() or "node"
+def machine_name() -> str:
+    """The machine's name, as far as it can be part of a node's."""
+    host = socket.gethostname() or "node"
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", host)[:48]
 
 
 class Said(msgspec.Struct, frozen=True):

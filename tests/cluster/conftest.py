@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
 import pytest
 
 from notifyd.cluster.router import Cluster
+from tests.cluster.processes import NodeProcess
 from tests.front_door import Host, running, settings_of, until
 
 
@@ -75,3 +78,30 @@ def cluster_of(host: Host) -> Cluster:
 async def nodes(start_nodes: StartNodes) -> list[Host]:
     """Three of them."""
     return await start_nodes(3)
+
+
+class StartProcesses(Protocol):
+    """Starts nodes in processes of their own, which end with the test."""
+
+    async def __call__(self, count: int = 3, **variables: str) -> list[NodeProcess]: ...
+
+
+@pytest.fixture
+async def start_processes(redis_url: str, tmp_path: Path) -> AsyncIterator[StartProcesses]:
+    """Start nodes as `notifyd serve`, on the Redis that tests share."""
+    async with AsyncExitStack() as stack:
+        prefix = f"test-{uuid4().hex}"
+
+        async def start(count: int = 3, **variables: str) -> list[NodeProcess]:
+            made = []
+            for number in range(count):
+                name = f"node-{number}"
+                node = NodeProcess(name, redis_url, prefix, tmp_path / f"{name}.log", **variables)
+                stack.push_async_callback(node.close)
+                made.append(node)
+            async with asyncio.TaskGroup() as group:
+                for node in made:
+                    group.create_task(node.start())
+            return made
+
+        yield start
