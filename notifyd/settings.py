@@ -505,6 +505,9 @@ def _cluster(settings: Settings) -> Iterator[str]:
 
 def _redis_url(text: str) -> Iterator[str]:
     said = f"redis.url: {shown_address(text)}"
+    if text.startswith("redis+sentinel://"):
+        # Several hosts are no URL of RFC 3986: the client, who reads it, says what is wrong.
+        return
     url = _parts(text)
     if url is None or url.scheme not in {"redis", "rediss", "unix"}:
         yield f"{said} is no URL of a Redis; write it as redis://localhost:6379"

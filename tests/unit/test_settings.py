@@ -193,8 +193,6 @@ class TestRefusals:
         [
             "NOTIFYD__SERVER__PORT",
             "NOTIFYD_REDIS__STREAM_KEY",
-            "NOTIFYD_SERVER__WORKERS",
-            "NOTIFYD_CLUSTER__ENABLED",
             "NOTIFYD_CHANNELS__RULES__NEWS",
             "NOTIFYD_RATELIMIT__ENABLED_FILE",
         ],
