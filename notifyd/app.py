@@ -43,6 +43,8 @@ from notifyd.connections.registry import Registry
 from notifyd.connections.replay import Replayer
 from notifyd.dispatch.confirmation import Confirmations
 from notifyd.dispatch.dispatcher import Dispatcher
+from notifyd.dispatch.redis_sources import RedisSources
+from notifyd.dispatch.redis_trigger import only_default_tenant
 from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.errors import ConfigurationError, Unauthorized, Unavailable
 from notifyd.eventually import Eventually, settled
@@ -224,6 +226,7 @@ class Notifyd(PublishingCalls):
             self.cluster.give_back = lambda tenant, user_id, notification: self._writes.give_back(
                 tenant, user_id, (notification,)
             )
+        self._sources = self._make_sources(dispatcher)
         self.guard = Guard(
             api_keys=ApiKeys(auth, clock=clock),
             identify=identify_with(admission)
@@ -269,6 +272,24 @@ class Notifyd(PublishingCalls):
         self.proxies = TrustedProxies(settings.server.forwarded_allow_ips)
         self.spread = spread
         self.app = self._application(authenticate)
+
+    def _make_sources(self, dispatcher: Dispatcher) -> RedisSources | None:
+        settings, backends = self.settings, self._backends
+        if backends.redis is None or not settings.redis.has_sources:
+            return None
+        return RedisSources(
+            settings.redis,
+            backends.redis,
+            backends.redis_keys,
+            dispatcher,
+            templates=backends.templates,
+            idempotency=backends.idempotency,
+            metrics=self.metrics,
+            clock=self._clock,
+            tenant_of=only_default_tenant,
+            clustered=self.cluster is not None,
+            ledger_in_redis=settings.ack.enabled and settings.ack.backend == "redis",
+        )
 
     def _application(self, authenticate: Authenticate | None) -> Starlette:
         realtime = Realtime(
@@ -359,6 +380,8 @@ class Notifyd(PublishingCalls):
             seconds = self.settings.ack.cleanup_interval_seconds
             expire_acks = partial(_expire, self._ledger)
             self._tasks.every(seconds, expire_acks, "expiring acknowledgements")
+        if self._sources is not None:
+            self._sources.start()
         self._phase = "ready"
 
     async def _expire_logs(self, logs: UserLogs) -> None:
@@ -374,6 +397,9 @@ class Notifyd(PublishingCalls):
     async def drain(self) -> None:
         """Tell every client that the server stops and when to come back, and close."""
         self._phase = "draining"
+        if self._sources is not None:
+            # Before anybody leaves: what is not taken here is another node's, or stays in a stream.
+            await self._sources.aclose()
         for index, connection in enumerate(self.lifecycle.begin_drain()):
             if connection.state is not State.CLOSED:
                 self.lifecycle.go_away(connection, "the server is shutting down")

@@ -114,12 +114,17 @@ class Backends:
         return postgres
 
     def _breaker(self, store: StoreName) -> CircuitBreaker:
+        down = False
+
         def changed(state: BreakerState) -> None:
-            name = state.name.lower().replace("_", " ")
-            if state is BreakerState.OPEN:
-                self._log.warning("a store is down", store=store, breaker=name)
+            nonlocal down
+            if state is BreakerState.OPEN and not down:
+                # Once: it opens again after each probe that fails.
+                down = True
+                self._log.warning("a store is down", store=store)
             elif state is BreakerState.CLOSED:
-                self._log.info("a store is back", store=store, breaker=name)
+                down = False
+                self._log.info("a store is back", store=store)
 
         return CircuitBreaker(self._settings.breaker, on_change=changed)
 

@@ -401,7 +401,7 @@ class IdempotencySettings(Section, frozen=True, kw_only=True):
 
 
 class RedisSettings(Section, frozen=True, kw_only=True):
-    """Redis 6.2 or newer; used where a backend says so."""
+    """Redis 6.2 or newer; used where a backend says so, and where notifications come from it."""
 
     url: Annotated[
         Text,
@@ -420,6 +420,35 @@ class RedisSettings(Section, frozen=True, kw_only=True):
     command_timeout_seconds: Annotated[
         Seconds, says("An answer that takes longer is a failure.")
     ] = 2
+    trigger_enabled: Annotated[
+        bool,
+        says(
+            "Whether what services publish to Redis channels is sent as notifications. Who may "
+            "publish there may send to anybody."
+        ),
+    ] = False
+    trigger_patterns: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...],
+        says(
+            "Channels that are subscribed to, as PSUBSCRIBE takes them. Of those that end in "
+            ":user:*, :channel:*, :broadcast, :users or :channels, the name says the type, and a "
+            "single target."
+        ),
+    ] = ("notification:user:*", "notification:broadcast", "notification:channel:*")
+    stream_key: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=512)] | None,
+        says(
+            "A stream that is read too, and loses nothing: its consumer group is called as "
+            "key_prefix, and what cannot be used goes to a stream of this name with :dead behind "
+            "it.",
+            example="notifications",
+        ),
+    ] = None
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether notifications come from there."""
+        return self.trigger_enabled or self.stream_key is not None
 
 
 class ClusterSettings(Section, frozen=True, kw_only=True):
@@ -568,13 +597,14 @@ class Settings(Section, frozen=True, kw_only=True):
 
     @property
     def backends(self) -> frozenset[Backend]:
-        """The backends that something is kept in, or that nodes find each other by."""
+        """The backends that something is kept in, or comes from, or that nodes find each other
+        by."""
         chosen: set[Backend] = set()
         if self.queue.enabled:
             chosen.add(self.queue.backend)
         if self.ack.enabled:
             chosen.add(self.ack.backend)
-        if self.cluster.enabled:
+        if self.cluster.enabled or self.redis.has_sources:
             chosen.add("redis")
         return frozenset(chosen)
 

@@ -559,10 +559,9 @@ class Redis:
         return [pack(each) for each in commands]
 
     def another(self, *, timeout: float) -> Redis:
-        """A client of the same Redis and breaker with a connection of its own, for calls that
-        block.
+        """A client of the same Redis with a connection of its own, for calls that block.
 
-        Its answers may take `timeout` seconds. It is not watched: the one that it is made from is.
+        Its answers may take `timeout` seconds. The breaker is shared, so that it needs no `watch`.
         """
         return Redis(self._url, self.breaker, timeout=timeout)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import Any, NoReturn, cast
 
 import hiredis
@@ -21,7 +22,9 @@ from notifyd.redis_client import Redis, pack
 from notifyd.resilience import Backoff, BreakerState
 
 BATCH = 128
-"""Messages handed on in one turn of the event loop."""
+BATCH_SECONDS = 0.003
+"""Messages handed on in one turn of the event loop, and how long that may take: one to a channel of
+thousands takes as long as a hundred others."""
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 """A message that is longer ends the connection: it is never whole in memory."""
@@ -149,7 +152,7 @@ class RedisSubscriber:
 
     async def _is_heard(self, link: _Subscription) -> bool:
         """Whether the subscription hears what is published, as far as can be said."""
-        asked_at = _now()
+        chunks = link.chunks
         try:
             await self._redis.command("PUBLISH", self._probe_channel, "")
         except Unavailable:
@@ -157,7 +160,7 @@ class RedisSubscriber:
             await asyncio.wait([link.lost], timeout=PROBE_AGAIN_SECONDS)
             return True
         deadline = _now() + self._probe_timeout
-        while link.heard_at <= asked_at and not link.lost.done() and not link.paused:
+        while link.chunks == chunks and not link.lost.done() and not link.paused:
             if _now() >= deadline:
                 return False
             await asyncio.wait([link.lost], timeout=self._probe_timeout / 20)
@@ -173,7 +176,8 @@ class RedisSubscriber:
 
 
 class _Subscription(asyncio.Protocol):
-    """One connection. `lost` has why it ended; `heard_at` is the loop's time."""
+    """One connection. `lost` has why it ended, `heard_at` the loop's time when something came last,
+    `chunks` how often something came."""
 
     _transport: asyncio.Transport
 
@@ -181,6 +185,7 @@ class _Subscription(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[Exception] = loop.create_future()
         self.heard_at = loop.time()
+        self.chunks = 0
         self.paused = False
         self._loop = loop
         self._receive = receive
@@ -201,11 +206,13 @@ class _Subscription(asyncio.Protocol):
         self._begun = self._loop.create_future()
         self._answers_missing = answers
         self._transport.write(commands)
-        await asyncio.wait([self._begun, self.lost], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [self._begun, self.lost]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if self.lost.done():
             raise ConnectionError(_text(self.lost.result()))
 
     def data_received(self, data: bytes) -> None:
+        self.chunks += 1
         self.heard_at = self._loop.time()
         self._reader.feed(data)
         self._incomplete += len(data)
@@ -220,6 +227,7 @@ class _Subscription(asyncio.Protocol):
         if self.lost.done():
             return
         gets, receive = self._reader.gets, self._receive
+        until = monotonic() + BATCH_SECONDS
         try:
             for _ in range(BATCH):
                 if self.paused:
@@ -234,6 +242,8 @@ class _Subscription(asyncio.Protocol):
                     self.paused = not receive(answer[1], answer[2], answer[3])
                 else:
                     self._other(answer)
+                if monotonic() >= until:
+                    break
         except (hiredis.ProtocolError, IndexError, TypeError) as error:
             self.drop(ConnectionError(f"not an answer of Redis: {_text(error)}"))
             return

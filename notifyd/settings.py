@@ -476,6 +476,11 @@ def _stores(settings: Settings) -> Iterator[str]:
             break
     if "redis" in settings.backends:
         yield from _redis_url(settings.redis.url)
+    if settings.redis.trigger_enabled and not settings.redis.trigger_patterns:
+        yield (
+            "redis.trigger_patterns: is empty, so that the trigger hears nothing; name patterns, "
+            "or set redis.trigger_enabled to false"
+        )
     if "postgres" in settings.backends and postgres.url is not None:
         yield from _postgres_url(postgres.url)
 

@@ -340,11 +340,7 @@ class Composer:
         """
         if content.template_id is None:
             event_type = content.event_type
-            if (
-                event_type is None
-                or content.payload is MISSING
-                or content.variables is not MISSING
-            ):
+            if event_type is None or content.payload is MISSING or content.variables is not MISSING:
                 raise _incomplete(content)
             payload = normalise_payload(content.payload)
             return self._notification(content, event_type, payload, Priority.NORMAL, None, id, at)
@@ -859,9 +855,7 @@ def _target(body: TargetBody) -> Target:
     return target_of(body.type, body.value, "target.type", "target.value")
 
 
-def target_of(
-    type_name: str, value: str | list[str] | None, type_field: str, field: str
-) -> Target:
+def target_of(type_name: str, value: str | list[str] | None, type_field: str, field: str) -> Target:
     """The target of a type, in any case, and a name or names; raises ValidationError for the
     fields.
     """

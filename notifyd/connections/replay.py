@@ -281,6 +281,8 @@ class Replayer:
         if page is _UNAVAILABLE:
             self._do_without_store(connection)
             return 0
+        if page.cursor is None:
+            self._without_store.pop(connection, None)
         if page.overflow is not None:
             self._tell_overflow(connection, page.overflow)
         known = connection.unconfirmed

@@ -27,7 +27,7 @@ from notifyd.eventually import Eventually, settled
 from notifyd.log import RateLimitedLog
 from notifyd.metrics import Metrics
 from notifyd.notification import Receipt, Target
-from notifyd.redis_client import Redis, Script
+from notifyd.redis_client import Redis, Script, Word
 from notifyd.resilience import Backoff
 
 SOURCE = "redis_stream"
@@ -46,6 +46,12 @@ MAX_BATCH_BYTES = 4 * 1024 * 1024
 """What was read at once is over this, and less is read next time."""
 
 PER_TURN = 100
+TURN_SECONDS = 0.003
+"""Entries dispatched in one turn of the event loop, and how long that may take."""
+
+CONSUMER = "holder"
+"""One name for all nodes: who reads is who holds the lease, and none is left behind in Redis."""
+
 BLOCK_SECONDS = 0.5
 TAKE_OVER_SECONDS = 2.0
 """How often, while the lease is held, and after how much idleness, entries are taken over that came
@@ -76,6 +82,10 @@ class _Entry:
         self.ready: Ready | None = None
 
 
+def _new_entries(answer: list[list[Any]] | None) -> list[_Entry]:
+    return [_Entry(id, 1, fields) for id, fields in answer[0][1]] if answer else []
+
+
 def _data(fields: Sequence[bytes]) -> bytes | None:
     if len(fields) == 2:
         return fields[1] if fields[0] == FIELD else None
@@ -85,13 +95,14 @@ def _data(fields: Sequence[bytes]) -> bytes | None:
 class RedisStream:
     """Reads one stream, from `start` to `aclose`.
 
-    `reader` is a connection for calls that block, its answers may take `BLOCK_SECONDS` more than
-    others'; `group` is the same on all nodes of a cluster, `consumer` another on each. `clock`
-    gives Unix seconds.
+    `reader` is a connection for calls that block: its answers may take `BLOCK_SECONDS` more than
+    those of `redis`, which everything else is told by. `group` is the same on all nodes of a
+    cluster. `clock` gives Unix seconds.
     """
 
     def __init__(
         self,
+        redis: Redis,
         reader: Redis,
         intake: Intake,
         metrics: Metrics,
@@ -99,11 +110,11 @@ class RedisStream:
         *,
         key: str,
         group: str,
-        consumer: str,
         lease: Lease,
         clock: Callable[[], float] = time.time,
         backoff: Backoff | None = None,
     ) -> None:
+        self._redis = redis
         self._reader = reader
         self._intake = intake
         self._metrics = metrics
@@ -111,7 +122,6 @@ class RedisStream:
         self._key = key
         self._dead = f"{key}:dead"
         self._group = group
-        self._consumer = consumer
         self._lease = lease
         self._clock = clock
         self._backoff = backoff or Backoff(0.1, 5.0)
@@ -124,7 +134,7 @@ class RedisStream:
         self._unacknowledged: set[bytes] = set()
         self._busy = False
         self._running: asyncio.Task[None] | None = None
-        self._reading: asyncio.Future[Any] | None = None
+        self._reading: asyncio.Future[list[_Entry]] | None = None
         self._stopping = False
 
     # --- its life ---
@@ -171,26 +181,37 @@ class RedisStream:
         self._backoff.reset()
         loop = asyncio.get_running_loop()
         look_at = loop.time() + TAKE_OVER_SECONDS
-        while self._may_work():
-            if loop.time() >= look_at:
-                await self._take_over_all(TAKE_OVER_SECONDS)
-                look_at = loop.time() + TAKE_OVER_SECONDS
-            entries = await self._read()
-            if entries:
-                await self._work(entries)
+        try:
+            while self._may_work():
+                if self._reading is None:
+                    # Nothing is read ahead now, so that none of it is taken over from ourselves.
+                    if loop.time() >= look_at:
+                        await self._take_over_all(TAKE_OVER_SECONDS)
+                        look_at = loop.time() + TAKE_OVER_SECONDS
+                    self._reading = self._read()
+                await asyncio.wait([self._reading])
+                reading, self._reading = self._reading, None
+                entries = [] if reading.cancelled() else reading.result()
+                if entries:
+                    if loop.time() < look_at:
+                        self._reading = self._read()
+                    await self._work(entries)
+        finally:
+            if self._reading is not None:
+                # What comes all the same, a later look finds.
+                self._reading.cancel()
+                self._reading = None
 
-    async def _read(self) -> list[_Entry]:
-        """What is new; nothing after a while without any, or at the end."""
-        self._reading = self._reader.command(
-            *("XREADGROUP", "GROUP", self._group, self._consumer),
+    def _read(self) -> asyncio.Future[list[_Entry]]:
+        """What is new, or nothing after a while without any."""
+        reading = self._reader.command(
+            *("XREADGROUP", "GROUP", self._group, CONSUMER),
             *("COUNT", self._count, "BLOCK", int(BLOCK_SECONDS * 1000)),
             *("STREAMS", self._key, ">"),
+            convert=_new_entries,
         )
-        await asyncio.wait([self._reading])
-        reading, self._reading = self._reading, None
-        if reading.cancelled() or not (answer := reading.result()):
-            return []
-        return [_Entry(id, 1, fields) for id, fields in answer[0][1]]
+        reading.add_done_callback(_retrieve)
+        return reading
 
     async def _take_over_all(self, idle: float) -> None:
         """Whatever was read and not acknowledged, by whomever."""
@@ -198,7 +219,7 @@ class RedisStream:
             answer: list[list[Any]] = await self._reader.run(
                 self._take_over,
                 [self._key],
-                [self._group, self._consumer, int(idle * 1000), self._count, OFTEN],
+                [self._group, CONSUMER, int(idle * 1000), self._count, OFTEN],
             )
             if not answer:
                 return
@@ -228,7 +249,7 @@ class RedisStream:
                 await self._acknowledge([*done, *(entry for entry in waiting if entry not in left)])
                 if not left or not self._may_work():
                     return
-                await self._forgive(left)
+                await self._forgive(list(left))
                 done, waiting = [], list(left)
                 await asyncio.sleep(pauses.next())
         finally:
@@ -239,6 +260,7 @@ class RedisStream:
         stored: dict[_Entry, asyncio.Future[Receipt]] = {}
         left: dict[_Entry, None] = {}
         for start in range(0, len(entries), PER_TURN):
+            until = time.monotonic() + TURN_SECONDS
             # Those that must wait for something wait together.
             ready = [(entry, self._prepared(entry)) for entry in entries[start : start + PER_TURN]]
             for entry, prepared in ready:
@@ -258,12 +280,19 @@ class RedisStream:
                         left[entry] = None
                 elif receipt is not None:
                     stored[entry] = asyncio.ensure_future(receipt)
+                if time.monotonic() >= until:
+                    await asyncio.sleep(0)
+                    until = time.monotonic() + TURN_SECONDS
             await asyncio.sleep(0)
         if stored:
             await asyncio.wait(stored.values())
         for entry, pending in stored.items():
-            error = pending.exception()
-            if self._stays(entry, pending.result()) if error is None else self._fails(entry, error):
+            problem = pending.exception()
+            if problem is not None:
+                again = self._fails(entry, problem)
+            else:
+                again = self._stays(entry, pending.result())
+            if again:
                 left[entry] = None
         return {entry: None for entry in entries if entry in left} if stored else left
 
@@ -285,7 +314,10 @@ class RedisStream:
             )
         except NotifydError as error:
             return error
-        return ready if isinstance(ready, Ready) else asyncio.ensure_future(settled(ready))
+        if isinstance(ready, Ready):
+            return ready
+        later: Eventually[Ready | None] = ready
+        return asyncio.ensure_future(settled(later))
 
     async def _send(
         self, entry: _Entry, prepared: Ready | asyncio.Future[Ready | None] | NotifydError
@@ -343,28 +375,25 @@ class RedisStream:
             self._metrics.redis_dead_letters_total.inc(len(dead))
         if entries:
             ids = [*alive, *(entry.id for entry in dead)]
-            await self._reader.command("XACK", self._key, self._group, *ids)
+            await self._redis.command("XACK", self._key, self._group, *ids)
             self._unacknowledged.difference_update(alive)
 
     def _bury(self, entry: _Entry) -> asyncio.Future[Any]:
         fields: Sequence[bytes] = entry.fields
         if sum(map(len, fields)) > MAX_BATCH_BYTES:
             fields = ()  # it stays in the stream itself
-        return self._reader.command(
-            *("XADD", self._dead, "MAXLEN", "~", MAX_DEAD, "*"),
-            *("reason", entry.problem or "", "entry", entry.id, "attempts", entry.attempts),
-            *fields,
-        )
+        words: list[Word] = ["XADD", self._dead, "MAXLEN", "~", MAX_DEAD, "*"]
+        words += ["reason", entry.problem or "", "entry", entry.id, "attempts", entry.attempts]
+        words += fields
+        return self._redis.command(*words)
 
     async def _forgive(self, entries: Sequence[_Entry]) -> None:
         """That a store is away is not held against those that waited for it."""
         innocent = [entry for entry in entries if not entry.forgiven]
         for attempts in {entry.attempts for entry in innocent}:
             ids = [entry.id for entry in innocent if entry.attempts == attempts]
-            await self._reader.command(
-                *("XCLAIM", self._key, self._group, self._consumer, 0, *ids),
-                *("RETRYCOUNT", attempts, "JUSTID"),
-            )
+            words: list[Word] = ["XCLAIM", self._key, self._group, CONSUMER, 0]
+            await self._redis.command(*words, *ids, "RETRYCOUNT", attempts, "JUSTID")
         for entry in innocent:
             entry.forgiven = True
 
@@ -387,11 +416,15 @@ class RedisStream:
 
 def _notification_id(key: str, entry: bytes) -> str:
     """A UUID that follows from the entry's id (RFC 9562, version 8)."""
-    digest = bytearray(hashlib.blake2b(b"%s\0%s" % (key.encode(), entry), digest_size=16).digest())
-    digest[6] = digest[6] & 0x0F | 0x80
-    digest[8] = digest[8] & 0x3F | 0x80
-    text = digest.hex()
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    text = hashlib.blake2b(b"%s\0%s" % (key.encode(), entry), digest_size=16).hexdigest()
+    variant = "89ab"[int(text[16], 16) & 3]
+    return f"{text[:8]}-{text[8:12]}-8{text[13:16]}-{variant}{text[17:20]}-{text[20:]}"
+
+
+def _retrieve(reading: asyncio.Future[Any]) -> None:
+    """Whoever waits for it is told; where nobody does any more, nothing is lost."""
+    if not reading.cancelled():
+        reading.exception()
 
 
 def _reason(error: Unavailable) -> str:

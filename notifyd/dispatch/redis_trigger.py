@@ -59,6 +59,7 @@ NOTED_AT_ONCE = 500
 """Messages after which the ledger's Redis is asked whether it keeps up."""
 
 CLOSE_SECONDS = 2.0
+AGAIN_SECONDS = 1.0
 
 SOURCE = "redis"
 
@@ -181,9 +182,9 @@ class Intake:
             content = message.event
         tenant = self._tenant_of(message.tenant_id)
         notification = self._compose(tenant, content, id, at)
-        if content.id is None and content.idempotency_key is None:
-            if isinstance(notification, Notification):
-                return Ready(tenant, receivers, notification, content.exclude_connection)
+        keyed = content.id is not None or content.idempotency_key is not None
+        if not keyed and isinstance(notification, Notification):
+            return Ready(tenant, receivers, notification, content.exclude_connection)
         return self._prepare_later(tenant, receivers, content, notification, data)
 
     async def _prepare_later(
@@ -203,6 +204,7 @@ class Intake:
         claims: list[Fresh | Wait] = []
         for kind, key in keys:
             scope = key_scope(tenant, "", f"{self._source} {kind}", key)
+            claim: Fresh | Replay | Wait
             try:
                 claim = await settled(self._keys.claim(scope, fingerprint(data)))
             except NotifydError:
@@ -327,7 +329,7 @@ class BadMessages:
 
 
 class RedisTrigger:
-    """Takes what is published to Redis channels. `run` until cancelled, then `aclose`.
+    """Takes what is published to Redis channels, from `start` to `aclose`.
 
     With a `lease`, only while this node holds it. `keeps_up` is awaited now and then, where the
     ledger is told of each notification and nobody waits for its answer.
@@ -359,6 +361,7 @@ class RedisTrigger:
         self._said = {pattern.encode(): said_by(pattern) for pattern in patterns}
         self._last: tuple[bytes, bytes, bytes] = (b"", b"", b"")
         self._line: deque[tuple[asyncio.Future[Ready | None], bytes]] = deque()
+        self._running: asyncio.Task[None] | None = None
         self._walking: asyncio.Task[None] | None = None
         self._weight = 0
         self._since_asked = 0
@@ -370,7 +373,7 @@ class RedisTrigger:
             patterns=patterns,
             silence=silence,
             probe_timeout=probe_timeout,
-            on_up=lambda up: metrics.redis_trigger_active.set(up),
+            on_up=metrics.redis_trigger_active.set,
         )
 
     @property
@@ -378,14 +381,21 @@ class RedisTrigger:
         """Messages taken from Redis and not yet with whom they are for, or in a store."""
         return self._weight + len(self._line)
 
-    async def run(self) -> None:
-        """Take messages, with a lease while it is held, until cancelled."""
+    def start(self) -> None:
+        """Begin to take messages, with a lease while it is held."""
+        self._running = asyncio.ensure_future(self._run())
+
+    async def _run(self) -> None:
         while True:
-            if self._lease is None:
-                await self.subscriber.run()
-            else:
-                await self._lease.acquired()
-                await self._run_while_held(self._lease)
+            try:
+                if self._lease is None:
+                    await self.subscriber.run()
+                else:
+                    await self._lease.acquired()
+                    await self._run_while_held(self._lease)
+            except Exception:  # noqa: BLE001  # logged; the subscription is made again
+                self._log.exception("the subscription in Redis failed")
+                await asyncio.sleep(AGAIN_SECONDS)
 
     async def _run_while_held(self, lease: Lease) -> None:
         subscribed = asyncio.ensure_future(self.subscriber.run())
@@ -440,9 +450,7 @@ class RedisTrigger:
                 waiting, channel = self._line[0]
                 try:
                     ready = await waiting
-                    if ready is not None and (
-                        not ready.claims or await self._intake.first(ready)
-                    ):
+                    if ready is not None and (not ready.claims or await self._intake.first(ready)):
                         receipt = self._intake.send(ready)
                         if is_awaitable(receipt):
                             self._follow(receipt, channel)
@@ -498,7 +506,10 @@ class RedisTrigger:
         self._count(answer, weight)
 
     async def aclose(self) -> None:
-        """Wait for what is under way, two seconds at most."""
+        """Take no more, and wait for what is under way, two seconds at most."""
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait([self._running])
         walking = self._walking
         waiting = {*self._tasks, *(() if walking is None else (walking,))}
         if waiting:

@@ -253,6 +253,8 @@ class MemoryAckLedger:
         on_expired: Callable[[int], None],
     ) -> None:
         self._timeout_seconds = timeout_seconds
+        # Nobody is let go of before he is late.
+        self._retention = max(LEDGER_RETENTION_SECONDS, timeout_seconds)
         self._max_pending = max_pending
         self._clock = clock
         self._on_acknowledged = on_acknowledged
@@ -418,7 +420,7 @@ class MemoryAckLedger:
                 await asyncio.sleep(0)
         while self._order:
             record = self._records[self._order[0]]
-            if record.recorded_at + LEDGER_RETENTION_SECONDS > now:
+            if record.recorded_at + self._retention > now:
                 break
             self._let_go(self._order.popleft())
             if len(self._order) % RECORDS_PER_TURN == 0:

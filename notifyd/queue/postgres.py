@@ -93,6 +93,11 @@ def _resolve(future: asyncio.Future[Any], answer: object) -> None:
         future.set_result(answer)
 
 
+def _columns(rows: Iterable[Sequence[Any]], count: int) -> Sequence[Sequence[Any]]:
+    """Rows of `count` values as the arrays that `unnest` takes."""
+    return [*zip(*rows, strict=True)] or [()] * count
+
+
 class _Shards:
     """Rows of totals to write to, in turn, from a random one on: writers rarely meet."""
 
@@ -109,52 +114,35 @@ class _Shards:
 # --- logs -----------------------------------------------------------------------------------------
 
 
-class _Enqueue:
+class _Call(msgspec.Struct, eq=False, kw_only=True):
+    """One call, until the batch that it takes part in answers it."""
+
+    future: asyncio.Future[Any] = msgspec.field(default_factory=_future)
+
+
+class _Enqueue(_Call, eq=False):
     """One notification for some users; answered by a rejection or None for each."""
 
-    __slots__ = ("body", "expires_at", "future", "notification", "recipients", "tenant")
-
-    def __init__(
-        self,
-        tenant: str,
-        recipients: Sequence[str],
-        notification: Notification,
-        body: bytes,
-        expires_at: float,
-    ) -> None:
-        self.tenant = tenant
-        self.recipients = recipients
-        self.notification = notification
-        self.body = body
-        self.expires_at = expires_at
-        self.future = _future()
+    tenant: str
+    recipients: Sequence[str]
+    notification: Notification
+    body: bytes
+    expires_at: float
 
 
-class _Settle:
-    __slots__ = ("future", "ids", "key")
-
-    def __init__(self, key: UserKey, ids: Sequence[str]) -> None:
-        self.key = key
-        self.ids = ids
-        self.future = _future()
+class _Settle(_Call, eq=False):
+    key: UserKey
+    ids: Sequence[str]
 
 
-class _Erase:
-    __slots__ = ("future", "key")
-
-    def __init__(self, key: UserKey) -> None:
-        self.key = key
-        self.future = _future()
+class _Erase(_Call, eq=False):
+    key: UserKey
 
 
-class _Read:
-    __slots__ = ("after", "future", "key", "max_bytes")
-
-    def __init__(self, key: UserKey, after: int, max_bytes: int) -> None:
-        self.key = key
-        self.after = after
-        self.max_bytes = max_bytes
-        self.future = _future()
+class _Read(_Call, eq=False):
+    key: UserKey
+    after: int
+    max_bytes: int
 
 
 _Write: TypeAlias = "_Enqueue | _Settle | _Erase"
@@ -192,44 +180,28 @@ def _take_writes(waiting: deque[_Write]) -> Sequence[_Write]:
         batch.append(waiting.popleft())
 
 
-class _Item:
+class _Item(msgspec.Struct, eq=False):
     """One notification for one user, on its way into his log."""
 
-    __slots__ = ("call", "log", "offset", "place")
-
-    def __init__(self, call: int, place: int, log: _Log) -> None:
-        self.call = call
-        self.place = place
-        self.log = log
-        self.offset = 0
+    call: int
+    place: int
+    log: _Log
+    offset: int = 0
 
 
-class _Log:
+class _Log(msgspec.Struct, eq=False):
     """A log that a batch stores to. `known`: the ids in this batch, and, where it is full, those
     of them that are pending."""
 
-    __slots__ = (
-        "added",
-        "expires_first",
-        "given_up",
-        "id",
-        "known",
-        "least",
-        "looked_through",
-        "next_offset",
-        "pending",
-    )
-
-    def __init__(self, expires_first: float) -> None:
-        self.id = 0
-        self.added = 0
-        self.expires_first = expires_first
-        self.next_offset = 0
-        self.pending = 0
-        self.known: set[str] = set()
-        self.least: list[tuple[int, int, _Item | None]] = []
-        self.given_up: list[int] = []
-        self.looked_through = False
+    expires_first: float
+    id: int = 0
+    added: int = 0
+    next_offset: int = 0
+    pending: int = 0
+    known: set[str] = msgspec.field(default_factory=set)
+    least: list[tuple[int, int, _Item | None]] = msgspec.field(default_factory=list)
+    given_up: list[int] = msgspec.field(default_factory=list)
+    looked_through: bool = False
 
 
 class Room(msgspec.Struct):
@@ -430,8 +402,7 @@ class PostgresUserLogs:
         those of this batch not counted."""
         rows = await connection.fetch(
             QUERIES["lock_logs"],
-            [tenant for tenant, _ in logs],
-            [user_id for _, user_id in logs],
+            *_columns(logs, 2),
             [log.added for log in logs.values()],
             [log.expires_first for log in logs.values()],
             self._epoch,
@@ -507,9 +478,7 @@ class PostgresUserLogs:
         wanted = [
             (item.log.id, calls[item.call].notification.id) for item in items if item.log.id in full
         ]
-        pending = await connection.fetch(
-            QUERIES["find_pending"], [log_id for log_id, _ in wanted], [id for _, id in wanted]
-        )
+        pending = await connection.fetch(QUERIES["find_pending"], *_columns(wanted, 2))
         for log_id, id in pending:
             full[log_id].known.discard(str(id))
 
@@ -517,11 +486,7 @@ class PostgresUserLogs:
         self, connection: Connection, full: dict[int, _Log], room: Room
     ) -> None:
         if room.victims:
-            await connection.execute(
-                QUERIES["give_up"],
-                [log_id for log_id, _ in room.victims],
-                [offset for _, offset in room.victims],
-            )
+            await connection.execute(QUERIES["give_up"], *_columns(room.victims, 2))
         logs = full.values()
         await connection.execute(
             QUERIES["update_full_logs"],
@@ -570,12 +535,7 @@ class PostgresUserLogs:
     async def _lock_known(
         self, connection: Connection, keys: Iterable[UserKey]
     ) -> dict[UserKey, int]:
-        wanted = list(dict.fromkeys(keys))
-        rows = await connection.fetch(
-            QUERIES["lock_known_logs"],
-            [tenant for tenant, _ in wanted],
-            [user_id for _, user_id in wanted],
-        )
+        rows = await connection.fetch(QUERIES["lock_known_logs"], *_columns(set(keys), 2))
         return {(tenant, user_id): log_id for log_id, tenant, user_id in rows}
 
     async def _settle(self, calls: Sequence[_Settle]) -> None:
@@ -585,10 +545,7 @@ class PostgresUserLogs:
             if not wanted:
                 return logs, set()
             rows = await connection.fetch(
-                QUERIES["settle"],
-                [log_id for log_id, _ in wanted],
-                [id for _, id in wanted],
-                self._shards.next(),
+                QUERIES["settle"], *_columns(wanted, 2), self._shards.next()
             )
             return logs, {(log_id, str(id)) for log_id, id in rows}
 
@@ -659,9 +616,7 @@ class PostgresUserLogs:
         )
         if telling := [page for page in pages if page.tells]:
             empty = {page.log_id: not page.entries and not page.corrupt for page in telling}
-            rows = await connection.fetch(
-                QUERIES["tell_overflow"], list(empty), list(empty.values())
-            )
+            rows = await connection.fetch(QUERIES["tell_overflow"], *_columns(empty.items(), 2))
             told = {log_id: Overflow(*overflow) for log_id, *overflow in rows}
             for page in telling:
                 page.overflow = told.get(page.log_id)
@@ -669,13 +624,7 @@ class PostgresUserLogs:
             (page.log_id, offset, error.reason) for page in pages for offset, error in page.corrupt
         ]
         if aside:
-            await connection.execute(
-                QUERIES["set_aside"],
-                [log_id for log_id, _, _ in aside],
-                [offset for _, offset, _ in aside],
-                [reason for _, _, reason in aside],
-                self._shards.next(),
-            )
+            await connection.execute(QUERIES["set_aside"], *_columns(aside, 3), self._shards.next())
 
     def _count_corrupt(self, offset: int, error: CorruptEntry) -> None:
         self._on_corrupt(error.reason)
@@ -721,11 +670,7 @@ class PostgresUserLogs:
             if not rows:
                 return 0, False
             gone: Any = await connection.fetchrow(
-                QUERIES["delete_expired"],
-                [log_id for log_id, _ in rows],
-                [offset for _, offset in rows],
-                now,
-                self._shards.next(),
+                QUERIES["delete_expired"], *_columns(rows, 2), now, self._shards.next()
             )
             return gone["pending"], len(found) == ROWS_PER_SWEEP and gone["rows"] > 0
 
@@ -752,18 +697,15 @@ class PostgresUserLogs:
         return await self._postgres.transaction(work)
 
 
-class _PageRows:
+class _PageRows(msgspec.Struct, eq=False):
     """A page as it is put together."""
 
-    __slots__ = ("corrupt", "cursor", "entries", "log_id", "overflow", "tells")
-
-    def __init__(self) -> None:
-        self.log_id = 0
-        self.entries: list[Entry] = []
-        self.corrupt: list[tuple[int, CorruptEntry]] = []
-        self.cursor: int | None = None
-        self.overflow: Overflow | None = None
-        self.tells = False
+    log_id: int = 0
+    entries: list[Entry] = msgspec.field(default_factory=list)
+    corrupt: list[tuple[int, CorruptEntry]] = msgspec.field(default_factory=list)
+    cursor: int | None = None
+    overflow: Overflow | None = None
+    tells: bool = False
 
     def add(self, offset: int, body: bytes, *, follows: bool) -> None:
         self.cursor = offset if follows else None
@@ -804,33 +746,21 @@ async def _together(calls: Sequence[_Enqueue]) -> list[Rejection | None]:
 # --- the ledger -----------------------------------------------------------------------------------
 
 
-class _Expect:
+class _Expect(_Call, eq=False):
     """`recipients` None: anyone."""
 
-    __slots__ = ("at", "future", "key", "queued", "recipients")
-
-    def __init__(
-        self, key: tuple[str, str], recipients: Sequence[str] | None, at: float, *, queued: bool
-    ) -> None:
-        self.key = key
-        self.recipients = recipients
-        self.at = at
-        self.queued = queued
-        self.future = _future()
+    key: tuple[str, str]
+    recipients: Sequence[str] | None
+    at: float
+    queued: bool
 
 
-class _Confirm:
-    __slots__ = ("at", "by_ack", "future", "ids", "tenant", "user_id")
-
-    def __init__(
-        self, tenant: str, user_id: str, ids: Sequence[str], at: float, *, by_ack: bool
-    ) -> None:
-        self.tenant = tenant
-        self.user_id = user_id
-        self.ids = ids
-        self.at = at
-        self.by_ack = by_ack
-        self.future = _future()
+class _Confirm(_Call, eq=False):
+    tenant: str
+    user_id: str
+    ids: Sequence[str]
+    at: float
+    by_ack: bool
 
 
 _LedgerCall: TypeAlias = "_Expect | _Confirm"
@@ -887,6 +817,8 @@ class PostgresAckLedger:
     ) -> None:
         self._postgres = postgres
         self._timeout_seconds = timeout_seconds
+        # Nobody is let go of before he is late.
+        self._retention = max(LEDGER_RETENTION_SECONDS, timeout_seconds)
         self._max_pending = max_pending
         self._clock = clock
         self._on_acknowledged = on_acknowledged
@@ -961,8 +893,7 @@ class PostgresAckLedger:
             change = _Change()
             rows = await connection.fetch(
                 QUERIES["lock_records"],
-                [tenant for tenant, _ in wanted],
-                [id for _, id in wanted],
+                *_columns(wanted, 2),
                 [call.at for call in first.values()],
                 [call.recipients is None for call in first.values()],
                 [0 if call.recipients is None else len(wanted[key]) for key, call in first.items()],
@@ -994,11 +925,7 @@ class PostgresAckLedger:
     ) -> dict[tuple[int, str], _Known]:
         if not wanted:
             return {}
-        rows = await connection.fetch(
-            QUERIES["find_acks"],
-            [record_id for record_id, _ in wanted],
-            [user_id for _, user_id in wanted],
-        )
+        rows = await connection.fetch(QUERIES["find_acks"], *_columns(wanted, 2))
         return {
             (record_id, user_id): _Known(state, sent_at, by_ack)
             for record_id, user_id, state, sent_at, by_ack in rows
@@ -1028,17 +955,9 @@ class PostgresAckLedger:
             counts: defaultdict[int, int] = defaultdict(int)
             for record_id, _ in known:
                 counts[record_id] += 1
-            await connection.execute(
-                QUERIES["correct_recipients"], list(counts), list(counts.values())
-            )
+            await connection.execute(QUERIES["correct_recipients"], *_columns(counts.items(), 2))
         if put:
-            await connection.execute(
-                QUERIES["put_acks"],
-                [each[0] for each in put],
-                [each[1] for each in put],
-                [each[2] for each in put],
-                [each[3] for each in put],
-            )
+            await connection.execute(QUERIES["put_acks"], *_columns(put, 4))
 
     async def _add(self, connection: Connection, change: _Change) -> None:
         """Bring the figures up to date, and let go of the oldest beyond the bound."""
@@ -1092,11 +1011,7 @@ class PostgresAckLedger:
         keys = list(dict.fromkeys((call.tenant, id) for call in calls for id in call.ids))
 
         async def work(connection: Connection) -> tuple[list[set[str]], _Change]:
-            rows = await connection.fetch(
-                QUERIES["lock_known_records"],
-                [tenant for tenant, _ in keys],
-                [id for _, id in keys],
-            )
+            rows = await connection.fetch(QUERIES["lock_known_records"], *_columns(keys, 2))
             records = {
                 (tenant, str(id)): _Record(record_id, sent_at, anyone)
                 for record_id, tenant, id, sent_at, anyone in rows
@@ -1130,16 +1045,13 @@ class PostgresAckLedger:
         if confirmed:
             await connection.execute(
                 QUERIES["confirm_acks"],
-                [record_id for record_id, _ in confirmed],
-                [user_id for _, user_id in confirmed],
+                *_columns(confirmed, 2),
                 [call.at for call in confirmed.values()],
                 [call.by_ack for call in confirmed.values()],
             )
         if judged.anyones:
             await connection.execute(
-                QUERIES["count_anyones_acks"],
-                list(judged.anyones),
-                list(judged.anyones.values()),
+                QUERIES["count_anyones_acks"], *_columns(judged.anyones.items(), 2)
             )
         if judged.change.pending or judged.change.seconds:
             await self._add_up(connection, judged.change)
@@ -1194,7 +1106,7 @@ class PostgresAckLedger:
         while more:
             late, more = await self._expire_some(now - self._timeout_seconds)
             total += late
-        while await self._let_go_of_some(now - LEDGER_RETENTION_SECONDS):
+        while await self._let_go_of_some(now - self._retention):
             pass
         return total
 
@@ -1209,10 +1121,7 @@ class PostgresAckLedger:
             if not rows:
                 return 0, False
             late: int = await connection.fetchval(
-                QUERIES["expire_acks"],
-                [record_id for record_id, _ in rows],
-                [user_id for _, user_id in rows],
-                before,
+                QUERIES["expire_acks"], *_columns(rows, 2), before
             )
             await self._add_up(connection, _Change(pending=-late, expired=late))
             return late, late > 0 and len(found) == ROWS_PER_SWEEP
@@ -1238,15 +1147,12 @@ class PostgresAckLedger:
         return more
 
 
-class _Judged:
+class _Judged(msgspec.Struct, eq=False):
     """Confirmations held against what the ledger knows, call by call."""
 
-    __slots__ = ("anyones", "change", "confirmed")
-
-    def __init__(self) -> None:
-        self.confirmed: dict[tuple[int, str], _Confirm] = {}
-        self.anyones: defaultdict[int, int] = defaultdict(int)
-        self.change = _Change()
+    confirmed: dict[tuple[int, str], _Confirm] = msgspec.field(default_factory=dict)
+    anyones: dict[int, int] = msgspec.field(default_factory=dict)
+    change: _Change = msgspec.field(default_factory=_Change)
 
     def judge(
         self,
@@ -1262,7 +1168,7 @@ class _Judged:
                 continue
             if record.anyone:
                 if call.by_ack:
-                    self.anyones[record.id] += 1
+                    self.anyones[record.id] = self.anyones.get(record.id, 0) + 1
                     self.change.seconds.append(call.at - record.sent_at)
             elif (ack := known.get((record.id, call.user_id))) is None:
                 continue
@@ -1442,26 +1348,18 @@ class PostgresTemplates:
 # --- idempotency keys -----------------------------------------------------------------------------
 
 
-class _Claim:
-    __slots__ = ("digest", "fingerprint", "future", "scope")
-
-    def __init__(self, scope: Scope, fingerprint: bytes) -> None:
-        self.scope = scope
-        self.digest = _digest(scope)
-        self.fingerprint = fingerprint
-        self.future = _future()
+class _Claim(_Call, eq=False):
+    scope: Scope
+    digest: bytes
+    fingerprint: bytes
 
 
-class _End:
+class _End(_Call, eq=False):
     """`answer` None: without one that is kept."""
 
-    __slots__ = ("answer", "digest", "future", "scope")
-
-    def __init__(self, scope: Scope, answer: KeptAnswer | None) -> None:
-        self.scope = scope
-        self.digest = _digest(scope)
-        self.answer = answer
-        self.future = _future()
+    scope: Scope
+    digest: bytes
+    answer: KeptAnswer | None
 
 
 _KeyCall: TypeAlias = "_Claim | _End"
@@ -1520,7 +1418,7 @@ class PostgresIdempotencyKeys:
         Raises ValidationError where its body was another one, Unavailable. Cancelled, it gives the
         key up if it just got it.
         """
-        call = _Claim(scope, fingerprint)
+        call = _Claim(scope, _digest(scope), fingerprint)
         self._calls.add(call)
         return call.future
 
@@ -1569,7 +1467,7 @@ class PostgresIdempotencyKeys:
         self._end(claim, None).add_done_callback(asyncio.Future.exception)
 
     def _end(self, claim: Fresh, answer: KeptAnswer | None) -> asyncio.Future[None]:
-        call = _End(claim.scope, answer)
+        call = _End(claim.scope, _digest(claim.scope), answer)
         self._calls.add(call)
         return call.future
 

@@ -46,7 +46,9 @@ REST_SECONDS = 86_400
 CORRUPT_SECONDS = 7 * 86_400
 CORRUPT_PER_BUCKET = 100
 LEDGER_RETENTION_SECONDS = 3600
-LEDGER_KEEP_SECONDS = LEDGER_RETENTION_SECONDS + 86_400
+LEDGER_GRACE_SECONDS = 86_400
+"""How long the ledger's keys outlive what it keeps, for a sweep that counts it off."""
+
 ACK_TIME_SAMPLES = 1024
 USERS_PER_CALL = 200
 RECIPIENTS_PER_CALL = 1000
@@ -339,6 +341,9 @@ class RedisAckLedger:
         self._redis = redis
         self._keys = keys.ledger
         self._timeout = int(timeout_seconds * 1_000_000)
+        # Nobody is let go of before he is late.
+        self._retention = max(LEDGER_RETENTION_SECONDS, int(timeout_seconds))
+        self._keep = (self._retention + LEDGER_GRACE_SECONDS) * 1000
         self._max_pending = max_pending
         self._on_acknowledged = on_acknowledged
         self._on_expired = on_expired
@@ -373,7 +378,7 @@ class RedisAckLedger:
             (
                 _microseconds(self._clock),
                 self._timeout,
-                LEDGER_KEEP_SECONDS * 1000,
+                self._keep,
                 self._max_pending,
                 kind,
                 name,
@@ -426,7 +431,7 @@ class RedisAckLedger:
             how,
             f"u{user_id}",
             ACK_TIME_SAMPLES,
-            LEDGER_KEEP_SECONDS * 1000,
+            self._keep,
         )
         return self._redis.run(self._confirm, keys, args, convert)
 
@@ -446,7 +451,7 @@ class RedisAckLedger:
             args = (
                 _microseconds(self._clock),
                 self._timeout,
-                LEDGER_RETENTION_SECONDS * 1_000_000,
+                self._retention * 1_000_000,
                 SWEPT_PER_CALL,
                 keys.record,
                 keys.pending,

@@ -8,7 +8,8 @@
     prefix:{<tenant>}:templates
     prefix:{idem-<digest of a scope>}
     prefix:{cluster}:nodes                     nodes, with said and revoked beside it
-    prefix:probe
+    prefix:{trigger}:lease                     the node that dispatches what comes from Redis
+    prefix:probe                               a key, and what channels of probes begin with
 
 Channels of Redis are the same in all of its databases, so theirs have its number:
 
@@ -107,6 +108,7 @@ class RedisKeys:
             f"{acks}record:",
             f"{acks}pending:",
         )
+        self.trigger_lease = f"{prefix}:{{trigger}}:lease"
         self.probe = f"{prefix}:probe"
 
     def cluster(self, database: int) -> ClusterKeys:

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
+from notifyd.resilience import BreakerState
 from tests.adversity.store_faults import (
     AWAY,
     FAULTS,
@@ -71,6 +72,8 @@ async def settled_in(host: Host, user_id: str, query: str = "") -> WebSocketList
     websocket = await host.websocket(user_id, query=query)
     await host.publish(user(user_id), payload="hello")
     assert (await websocket.expect("notification"))["payload"] == "hello"
+    # Stored first, it may have come while the replay was under way, which then looks once more.
+    await until(lambda: not host.notifyd._replayer._again, "the end of the replay")
     return websocket
 
 
@@ -164,13 +167,14 @@ async def test_who_is_away_is_refused_and_soon_at_once(
         assert message.get("payload") not in {"refused", "several"}
 
 
-@pytest.mark.parametrize("breaker_is", ["closed", "open"])
-@pytest.mark.parametrize(("store", "fault_name"), DOWN)
+# What can be read is replayed until a write finds that the store takes none.
+@pytest.mark.parametrize(
+    ("store", "fault_name", "breaker_is"),
+    [*((*case, "open") for case in DOWN), *((*case, "closed") for case in cases(AWAY))],
+)
 async def test_who_connects_meanwhile_is_told_and_gets_his_queue_when_it_is_back(
-    faulty: FaultyStore, fault: Fault, start_on: StartServer, fault_name: str, breaker_is: str
+    faulty: FaultyStore, fault: Fault, start_on: StartServer, breaker_is: str
 ) -> None:
-    if breaker_is == "closed" and fault_name in UNWRITABLE:
-        pytest.skip("what can be read is replayed until a write finds that the store takes none")
     host = await start_on("sockets", **faulty.given())
     for n in range(3):
         assert (await host.publish(user("ann"), payload=n))["outcome"] == "queued"
@@ -188,6 +192,40 @@ async def test_who_connects_meanwhile_is_told_and_gets_his_queue_when_it_is_back
     assert all(each["metadata"]["replayed"] for each in replayed)
     await recovered(host, faulty)
     assert (await ann.ack(*(each["id"] for each in replayed)))["type"] == "acked"
+
+
+@pytest.mark.parametrize("store", ["redis", "postgres"])
+async def test_a_stream_is_told_and_gets_its_queue_when_it_is_back(
+    faulty: FaultyStore, start_on: StartServer
+) -> None:
+    host = await start_on("sockets", **faulty.given())
+    await host.publish(user("ann"), payload="queued")
+    async with FAULTS["refused"](faulty):
+        ann = await host.sse("ann")
+        assert (await ann.expect("gap"))["reason"] == "queue_unavailable"
+        await host.publish(user("ann"), payload="live")
+        assert (await ann.expect("notification"))["payload"] == "live"
+    replayed = await ann.expect("notification")
+    assert (replayed["payload"], replayed["metadata"]["replayed"]) == ("queued", True)
+
+
+@pytest.mark.parametrize("store", ["redis", "postgres"])
+async def test_who_connects_waits_for_no_store_however_long_its_timeout(
+    faulty: FaultyStore, start_on: StartServer
+) -> None:
+    """No call is given up here and no breaker opens: the store is slow, and not away."""
+    given = faulty.given()
+    given[faulty.name]["command_timeout_seconds"] = 600.0
+    host = await start_on("sockets", **given)
+    await host.publish(user("ann"), payload="queued")
+    async with FAULTS["stopped"](faulty):
+        ann = await host.websocket("ann")
+        assert (await ann.expect("gap"))["reason"] == "queue_unavailable"
+        await host.publish(user("ann"), payload="live")
+        assert (await ann.expect("notification"))["payload"] == "live"
+        assert getattr(host.notifyd._backends, faulty.name).breaker.state is BreakerState.CLOSED
+    replayed = await ann.expect("notification")
+    assert (replayed["payload"], replayed["metadata"]["replayed"]) == ("queued", True)
 
 
 @pytest.mark.parametrize("comes_back", ["meanwhile", "afterwards"])
@@ -289,7 +327,7 @@ async def test_a_pong_confirms_though_the_store_is_down(
 
 @pytest.mark.parametrize(("store", "fault_name"), ALL)
 async def test_what_was_answered_queued_arrives(
-    faulty: FaultyStore, fault: Fault, start_on: StartServer
+    faulty: FaultyStore, fault: Fault, start_on: StartServer, fault_name: str
 ) -> None:
     host = await start_on("sockets", **faulty.given())
     stored = []
@@ -310,6 +348,8 @@ async def test_what_was_answered_queued_arrives(
     await recovered(host, faulty)
     await some("after")
     assert stored[-1] == f"after-{THRESHOLD}"
+    if faulty.name == "redis" and fault_name not in UNWRITABLE:
+        assert await host.metric("redis_reconnects_total") >= 1
     ann = await host.websocket("ann", query="acks=1")
     got = []
     while (message := await ann.receive())["type"] == "notification":
@@ -340,7 +380,17 @@ async def test_always_sends_nothing_that_is_not_stored(
             assert (await send(host, "ann", payload="refused")).status_code == 503
             took.append(time.perf_counter() - started)
         assert median(took[THRESHOLD:]) < AT_ONCE
+        several = (await send(host, "ann", "bob", payload="refused")).json()
+        assert (several["delivered_to"], several["queued"], several["failed"]) == (0, 0, 2)
+        assert {each["reason"] for each in several["results"].values()} == {"unavailable"}
         await ann.nothing_came()
+        # What nothing keeps goes on.
+        await host.publish({"type": "broadcast"}, payload="for all")
+        await host.publish(user("ann"), payload="now or never", ttl=0)
+        assert [each["payload"] for each in await ann.notifications(2)] == [
+            "for all",
+            "now or never",
+        ]
         ready = await host.get("/health/ready", key=None)
         assert ready.status_code == 503
         assert faulty.name in ready.json()["error"]["message"]
@@ -427,6 +477,14 @@ async def test_figures_are_told_without_the_store(
     faulty: FaultyStore, start_on: StartServer
 ) -> None:
     host = await start_on("sockets", **faulty.given())
+    breaker = getattr(host.notifyd._backends, faulty.name).breaker
+    with capture_logs() as log:
+        async with FAULTS["refused"](faulty):
+            await opened(host, faulty)
+            await until(lambda: breaker.period > 5, "probes that fail")
+        await recovered(host, faulty)
+    said = [each["event"] for each in log if each.get("store") == faulty.name]
+    assert said == ["a store is down", "a store is back"]
     async with FAULTS["refused"](faulty):
         await opened(host, faulty)
         figures = (await host.get("/stats", key=READ_KEY)).json()

@@ -224,6 +224,18 @@ class TestExpiry:
         assert await states(ledger, FIRST) == {"ann": "pending"}
         assert (await stats(ledger)).pending == 1
 
+    async def test_nobody_is_let_go_of_before_he_is_late(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        ledger = await backend.ledger(timeout_seconds=10_000)
+        await expect(ledger, FIRST, "ann")
+        clock.now += 9_999
+        assert await settled(ledger.expire()) == 0
+        assert await states(ledger, FIRST) == {"ann": "pending"}
+        clock.now += 1
+        assert await settled(ledger.expire()) == 1
+        assert (await stats(ledger)).expired == 1
+
     async def test_at_last_the_ledger_lets_go(self, backend: Backend, clock: Clock) -> None:
         ledger = await backend.ledger()
         await expect(ledger, FIRST, "ann")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
-from notifyd.eventually import settled
+from notifyd.eventually import Eventually, settled
 from notifyd.identifiers import new_uuid
 from notifyd.notification import Notification, Priority
 from notifyd.queue.base import Entry, Overflow, UserLogs, entry_bytes
@@ -37,6 +41,12 @@ async def entries(logs: UserLogs, user: str = "ann", tenant: str = "acme") -> li
 
 async def ids(logs: UserLogs, user: str = "ann", tenant: str = "acme") -> list[str]:
     return [entry.notification.id for entry in await entries(logs, user, tenant)]
+
+
+async def all_settled(calls: Sequence[Eventually[Any]]) -> list[Any]:
+    """What calls answer that were made together."""
+    answers = await asyncio.gather(*(settled(call) for call in calls))
+    return [list(each) if isinstance(each, list | tuple) else each for each in answers]
 
 
 async def overflow(logs: UserLogs, user: str = "ann") -> Overflow | None:
@@ -109,6 +119,71 @@ class TestStoring:
         assert await settled(logs.settle("acme", "nobody", [new_uuid()])) == frozenset()
         assert await settled(logs.erase("acme", "nobody")) == 0
         assert await settled(logs.depth()) == 0
+
+
+class TestAtOnce:
+    """Calls that are made before those before them were answered are done in their order."""
+
+    async def test_the_order_is_that_of_the_calls(self, backend: Backend) -> None:
+        logs = await backend.logs()
+        notifications = [a_notification() for _ in range(60)]
+        calls = []
+        for number, notification in enumerate(notifications):
+            users = ["ann"] if number % 3 else ["bob", "ann", f"other-{number}"]
+            calls.append(logs.enqueue("acme", users, notification))
+            if number % 7 == 0:
+                await asyncio.sleep(0)
+        await all_settled(calls)
+        assert await ids(logs) == [each.id for each in notifications]
+        assert await ids(logs, "bob") == [each.id for each in notifications[::3]]
+
+    async def test_what_is_being_stored_can_be_settled(self, backend: Backend) -> None:
+        logs = await backend.logs()
+        first, second = a_notification(), a_notification()
+        calls: list[Any] = [
+            logs.enqueue("acme", ["ann"], first),
+            logs.settle("acme", "ann", [first.id]),
+            logs.enqueue("acme", ["ann"], second),
+        ]
+        assert await all_settled(calls) == [[None], {first.id}, [None]]
+        assert await ids(logs) == [second.id]
+        assert await settled(logs.depth()) == 1
+
+    async def test_erasing_takes_what_was_stored_before_it(self, backend: Backend) -> None:
+        logs = await backend.logs()
+        before, after = a_notification(), a_notification()
+        calls: list[Any] = [
+            logs.enqueue("acme", ["ann", "bob"], before),
+            logs.erase("acme", "ann"),
+            logs.enqueue("acme", ["ann"], after),
+        ]
+        assert await all_settled(calls) == [[None, None], 1, [None]]
+        assert await ids(logs) == [after.id]
+        assert await ids(logs, "bob") == [before.id]
+        assert await settled(logs.depth()) == 2
+
+    async def test_what_is_stored_again_for_want_of_an_answer_is_stored_once(
+        self, backend: Backend
+    ) -> None:
+        logs = await backend.logs(max_size_per_user=2)
+        one = a_notification()
+        calls = [logs.enqueue("acme", ["ann", "bob"], one) for _ in range(3)]
+        assert await all_settled(calls) == [[None, None]] * 3
+        assert await ids(logs) == [one.id]
+        assert await settled(logs.depth()) == 2
+
+    async def test_who_gives_up_waiting_changes_nothing_for_others(self, backend: Backend) -> None:
+        logs = await backend.logs()
+        notifications = [a_notification() for _ in range(6)]
+        calls = [asyncio.ensure_future(enqueue(logs, each, "ann", "bob")) for each in notifications]
+        await asyncio.sleep(0)
+        calls[2].cancel()
+        await asyncio.wait(calls)
+        found = await ids(logs)
+        kept = [each.id for each in notifications if each.id in found]
+        assert found == kept
+        assert {each.id for each in notifications} - set(found) <= {notifications[2].id}
+        assert await settled(logs.depth()) == len(found) + len(await ids(logs, "bob"))
 
 
 class TestPages:

@@ -14,7 +14,8 @@ connection_duration_seconds; notifications_total{target,source}, deliveries_tota
 delivery_failures_total{reason}, dispatch_seconds, fanout_seconds, outbox_bytes; queue_messages,
 queue_enqueued_total, queue_replayed_total, queue_expired_total, queue_dropped_total,
 queue_corrupt_total{reason}; ack_pending, ack_received_total, ack_expired_total, ack_seconds;
-redis_up, redis_breaker_state, redis_reconnects_total, postgres_up, postgres_breaker_state;
+redis_up, redis_breaker_state, redis_reconnects_total, redis_bad_messages_total,
+redis_dead_letters_total, redis_trigger_active, postgres_up, postgres_breaker_state;
 cluster_nodes, cluster_bus_up, cluster_messages_total{direction},
 cluster_bad_messages_total{reason}, cluster_unanswered_total;
 http_requests_total{method,route,status}, http_request_seconds; loop_lag_seconds

@@ -192,7 +192,6 @@ class TestRefusals:
         "variable",
         [
             "NOTIFYD__SERVER__PORT",
-            "NOTIFYD_REDIS__STREAM_KEY",
             "NOTIFYD_CHANNELS__RULES__NEWS",
             "NOTIFYD_RATELIMIT__ENABLED_FILE",
         ],
@@ -813,12 +812,34 @@ class TestStores:
     )
     def test_a_url_is_shown_without_its_password(self, url: str, shown: str) -> None:
         assert shown_address(url) == shown
-        assert repr(RedisSettings(url=url)) == (
-            f"RedisSettings(url='{shown}', key_prefix='notifyd', command_timeout_seconds=2)"
+        assert repr(RedisSettings(url=url)).startswith(
+            f"RedisSettings(url='{shown}', key_prefix='notifyd', command_timeout_seconds=2, "
         )
         settings = Settings(postgres=PostgresSettings(url=url))
         assert "s3cret" not in repr(settings)
         assert f"url='{shown}'" in repr(settings)
+
+    def test_notifications_may_come_from_redis(self) -> None:
+        settings = load_settings(
+            None,
+            {
+                "REDIS_URL": "redis://host:1/2",
+                "NOTIFYD_REDIS__TRIGGER_ENABLED": "true",
+                "NOTIFYD_REDIS__TRIGGER_PATTERNS": '["shop:user:*"]',
+            },
+        )
+        assert settings.redis.trigger_patterns == ("shop:user:*",)
+        assert settings.backends == {"memory", "redis"}
+        assert problems(settings) == []
+        streamed = Settings(redis=RedisSettings(stream_key="s"))
+        assert (streamed.redis.has_sources, "redis" in streamed.backends) == (True, True)
+        assert not RedisSettings().has_sources
+
+    def test_a_trigger_without_patterns_hears_nothing(self) -> None:
+        redis = RedisSettings(trigger_enabled=True, trigger_patterns=())
+        (problem,) = problems(Settings(redis=redis))
+        assert problem.startswith("redis.trigger_patterns: ")
+        assert problems(Settings(redis=RedisSettings(stream_key="s", url="http://x")))
 
     @given(st.text(), st.text(), st.text())
     def test_no_password_is_ever_shown(self, user: str, before: str, behind: str) -> None:
