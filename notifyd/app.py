@@ -367,7 +367,7 @@ class Notifyd(PublishingCalls):
         self._flusher.start(loop)
         self._heartbeat.start(loop)
         if self.cluster is not None:
-            await self.cluster.start()
+            await self._join(self.cluster)
         if (problem := await self.verifier.prefetch()) is not None:
             self._log.warning("the keys for tokens cannot be had yet", reason=problem)
         if self._logs is not None:
@@ -383,6 +383,15 @@ class Notifyd(PublishingCalls):
         if self._sources is not None:
             self._sources.start()
         self._phase = "ready"
+
+    async def _join(self, cluster: Cluster) -> None:
+        try:
+            await cluster.start()
+        except BaseException:
+            self._heartbeat.stop()
+            await self._tasks.aclose()
+            await self._backends.aclose()
+            raise
 
     async def _expire_logs(self, logs: UserLogs) -> None:
         self.metrics.queue_expired_total.inc(await settled(logs.expire()))
