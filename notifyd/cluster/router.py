@@ -44,7 +44,7 @@ from notifyd.cluster.messages import (
 from notifyd.cluster.nodes import Node, Nodes, script
 from notifyd.cluster.presence import Found, Presence, retrieve
 from notifyd.connections.registry import Registry
-from notifyd.errors import Unavailable
+from notifyd.errors import ConfigurationError, Unavailable
 from notifyd.log import RateLimitedLog
 from notifyd.metrics import Metrics
 from notifyd.notification import Notification, Outcome, Target
@@ -54,6 +54,9 @@ from notifyd.resilience import BreakerState
 
 ASK_SECONDS = 0.5
 """What the API asks of all nodes waits no longer."""
+
+START_SECONDS = 5.0
+"""A node that cannot hear the others by then does not start."""
 
 CAUGHT_UP_AT_ONCE = 100
 CATCH_UP_PAUSE = 0.02
@@ -180,14 +183,21 @@ class Cluster:
     # --- its life ---
 
     async def start(self) -> None:
-        """Be there for the others. Raises Unavailable where Redis does not answer."""
+        """Be there for the others. Raises ConfigurationError where Redis cannot be used for it."""
         self._tasks.spawn(self.bus.run())
-        async with asyncio.timeout(ASK_SECONDS * 10):
-            while not self.bus.up:
-                self._wake.clear()
-                await self._wake.wait()
-        await self.nodes.beat()
-        await self._learn_revocations()
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                while not self.bus.up:
+                    self._wake.clear()
+                    await self._wake.wait()
+                await self.nodes.beat()
+                await self._learn_revocations()
+        except (TimeoutError, Unavailable) as error:
+            await self._tasks.aclose()
+            raise ConfigurationError(
+                "redis.url: the nodes of a cluster cannot speak through this Redis; it must let "
+                "them subscribe, publish and run scripts."
+            ) from error
         self._started = True
         self.bus.to_all(Alive())
         self._redis.breaker.subscribe(self._breaker_changed)
