@@ -50,20 +50,30 @@ class Awaited:
     """Answers that somebody waits for: `expected` is how many nodes were reached, None until that
     is known.
 
-    `finish` is called once: with all answers, or when it was time. `after`, where it is set by then
-    and answers were missing, is called once more: when they are all there, or time was over for
-    good.
+    `finish` is called once: with all answers, or when it was time. One that is `patient` waits
+    until it is known who was reached, however long Redis takes to say so. `after`, where it is set
+    by then and answers were missing, is called once more: when they are all there, or time was over
+    for good.
     """
 
-    __slots__ = ("after", "answers", "deadline", "expected", "finish", "finished", "kind", "seq")
+    __slots__ = (
+        "after",
+        "answers",
+        "deadline",
+        "expected",
+        "finished",
+        "kind",
+        "late",
+        "patient",
+        "seq",
+    )
 
-    def __init__(
-        self, seq: int, kind: type[Reply], deadline: float, finish: Callable[[Awaited], None]
-    ) -> None:
-        self.seq = seq
+    def __init__(self, kind: type[Reply], *, patient: bool = False) -> None:
+        self.seq = 0
         self.kind = kind
-        self.deadline = deadline
-        self.finish = finish
+        self.deadline = 0.0
+        self.patient = patient
+        self.late = False
         self.after: Callable[[Awaited], None] | None = None
         self.expected: int | None = None
         self.answers: dict[str, Any] = {}
@@ -74,11 +84,33 @@ class Awaited:
         """Whether every node that was reached has answered."""
         return self.expected is not None and len(self.answers) >= self.expected
 
+    def finish(self) -> None:
+        """All answers are there, or it is time."""
+        raise NotImplementedError
+
+
+class Asked(Awaited):
+    """Answers that a function waits for."""
+
+    __slots__ = ("_finish",)
+
+    def __init__(
+        self, kind: type[Reply], finish: Callable[[Awaited], None], *, patient: bool = False
+    ) -> None:
+        super().__init__(kind, patient=patient)
+        self._finish = finish
+
+    def finish(self) -> None:
+        """Tell it."""
+        self._finish(self)
+
 
 class Bus:
     """This node's voice and ear. `receive(incoming, body)` is called for what is no answer, and may
     raise BadMessage; `on_up` is told whether this node hears the others.
     """
+
+    _loop: asyncio.AbstractEventLoop
 
     def __init__(
         self,
@@ -123,7 +155,8 @@ class Bus:
         return self._subscriber.up
 
     def run(self) -> Coroutine[Any, Any, None]:
-        """Listen until cancelled."""
+        """Listen in the running event loop until cancelled."""
+        self._loop = asyncio.get_running_loop()
         return self._subscriber.run()
 
     # --- waiting for answers ---
@@ -134,31 +167,35 @@ class Bus:
         finish: Callable[[Awaited], None],
         *,
         seconds: float = ANSWER_SECONDS,
+        patient: bool = False,
     ) -> Awaited:
         """Wait for answers of this kind to what goes out under the number of what is returned."""
-        loop = asyncio.get_running_loop()
-        awaited = Awaited(next(self._seqs), kind, loop.time() + seconds, finish)
-        self._awaited[awaited.seq] = awaited
+        return self.add(Asked(kind, finish, patient=patient), seconds)
+
+    def add(self, awaited: Awaited, seconds: float = ANSWER_SECONDS) -> Awaited:
+        """Wait for answers to what goes out under the number that it gets here."""
+        seq = awaited.seq = next(self._seqs)
+        time = self._loop.time()
+        awaited.deadline = time + seconds
+        self._awaited[seq] = awaited
         if seconds == ANSWER_SECONDS:
             self._soon.append(awaited)
-            self._set_timer()
+            if self._timer is None:
+                self._set_timer()
         else:
-            loop.call_later(seconds, self.overdue, awaited)
-        if len(self._awaited) > MAX_AWAITED:
+            self._loop.call_later(seconds, self.overdue, awaited)
+        if len(self._awaited) > MAX_AWAITED and (queue := self._later or self._soon):
             # Those that are late already are given up first.
-            self.overdue((self._later or self._soon).popleft())
+            self.overdue(queue.popleft())
         return awaited
 
     def reached(self, awaited: Awaited, nodes: int) -> None:
         """So many nodes will answer."""
         awaited.expected = nodes
-        if awaited.complete:
+        if len(awaited.answers) >= nodes:
             self._complete(awaited)
-
-    def forget(self, awaited: Awaited) -> None:
-        """Nobody waits for it any more."""
-        awaited.finished = True
-        self._awaited.pop(awaited.seq, None)
+        elif awaited.late:
+            self.overdue(awaited)
 
     def _answered(self, sender: str, body: Reply) -> None:
         awaited = self._awaited.get(body.seq)
@@ -177,7 +214,7 @@ class Bus:
     def _tell(self, awaited: Awaited) -> None:
         if not awaited.finished:
             awaited.finished = True
-            awaited.finish(awaited)
+            awaited.finish()
         elif awaited.after is not None:
             after, awaited.after = awaited.after, None
             after(awaited)
@@ -188,11 +225,11 @@ class Bus:
                 (queue[0].deadline for queue in (self._soon, self._later) if queue), default=None
             )
             if first is not None:
-                self._timer = asyncio.get_running_loop().call_at(first, self._look_at_the_time)
+                self._timer = self._loop.call_at(first, self._look_at_the_time)
 
     def _look_at_the_time(self) -> None:
         self._timer = None
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         for queue in (self._soon, self._later):
             while queue and (queue[0].deadline <= now or queue[0].seq not in self._awaited):
                 awaited = queue.popleft()
@@ -204,6 +241,9 @@ class Bus:
         """It was time."""
         if awaited.seq not in self._awaited:
             return
+        if awaited.patient and awaited.expected is None:
+            awaited.late = True
+            return
         was_finished = awaited.finished
         if not was_finished:
             self._unanswered.inc()
@@ -211,7 +251,7 @@ class Bus:
         if was_finished or awaited.after is None:
             self._awaited.pop(awaited.seq, None)
         else:
-            awaited.deadline = asyncio.get_running_loop().time() + AFTER_SECONDS
+            awaited.deadline = self._loop.time() + AFTER_SECONDS
             self._later.append(awaited)
 
     def give_up(self) -> None:
@@ -252,7 +292,7 @@ class Bus:
     def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._scheduled = False

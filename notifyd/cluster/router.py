@@ -67,16 +67,21 @@ Asked = Callable[[Raw], Any]
 
 class Elsewhere(msgspec.Struct, frozen=True, gc=False):
     """What became of a user's notification on other nodes: `delivered` and `routed` count
-    connections, `nodes` those that have it or may have it."""
+    connections, `nodes` those that have it or may have it. Not `known`: Redis did not say."""
 
     delivered: int = 0
     routed: int = 0
     filtered: bool = False
     queued: bool = False
     nodes: int = 0
+    known: bool = True
 
 
 NOWHERE = Elsewhere()
+UNKNOWN = Elsewhere(known=False)
+
+FoundElsewhere = dict[str, Elsewhere] | None
+"""Those who were found; None where Redis did not say."""
 
 
 class Spreading(msgspec.Struct, frozen=True, gc=False):
@@ -271,38 +276,31 @@ class Cluster:
         *,
         exclude: str | None,
         stored: bool,
+        patient: bool,
         done: Callable[[Elsewhere], None],
     ) -> None:
-        """Hand a notification to the other nodes that hold a user; `done` is called once, within
-        `ANSWER_SECONDS`. What is handed over in order arrives in order."""
+        """Hand a notification to the other nodes that hold a user; `done` is called once. What is
+        handed over in order arrives in order.
+
+        Nodes have `ANSWER_SECONDS`. Whoever is `patient` waits for Redis, too, until it says who
+        they are or its call fails.
+        """
         if self._searching:
             # Others are being looked for whose messages must not be overtaken.
-            self.to_users(
+            self._search(
                 tenant,
                 (user,),
                 notification,
                 exclude=exclude,
                 stored=stored,
-                done=lambda found: done(found.get(user, NOWHERE)),
+                patient=patient,
+                done=lambda found: done(UNKNOWN if found is None else found.get(user, NOWHERE)),
             )
             return
-        holders: dict[str, int] = {}
-
-        def finish(awaited: Awaited) -> None:
-            done(_of_user(awaited, holders))
-            if not stored and holders and not awaited.complete:
-                awaited.after = self._after(tenant, [user], notification, {user: holders})
-
-        awaited = self.bus.await_answers(Told, finish)
+        awaited = _ToUser(self, tenant, user, notification, stored, patient, done)
+        self.bus.add(awaited)
         body = Routed(awaited.seq, tenant, (user,), wired(notification), exclude, stored)
-
-        def routed(answer: list[Any]) -> None:
-            for place in range(1, len(answer), 3):
-                if answer[place + 2]:
-                    holders[answer[place].decode()] = int(answer[place + 1])
-            self._reached(awaited, len(holders))
-
-        self._run_route(tenant, user, body, routed, lambda: self._unroutable(awaited))
+        self._run_route(tenant, user, body, awaited.routed, awaited.unroutable)
 
     def _run_route(
         self,
@@ -323,16 +321,13 @@ class Cluster:
         else:
             call.add_done_callback(partial(_failed, failed))
 
-    def _reached(self, awaited: Awaited, nodes: int) -> None:
+    def reached(self, awaited: Awaited, nodes: int) -> None:
         """So many other nodes have it; where this one does not hear, none can say so."""
         if nodes and not self.bus.up:
             awaited.expected = nodes
             self.bus.overdue(awaited)
         else:
             self.bus.reached(awaited, nodes)
-
-    def _unroutable(self, awaited: Awaited) -> None:
-        self.bus.reached(awaited, 0)
 
     def to_users(
         self,
@@ -342,33 +337,60 @@ class Cluster:
         *,
         exclude: str | None,
         stored: bool,
-        done: Callable[[dict[str, Elsewhere]], None],
+        patient: bool,
+        done: Callable[[FoundElsewhere], None],
     ) -> None:
         """`to_user` for many, one message for each node; those found nowhere are left out of what
         `done` gets."""
-        if len(users) == 1 and not self._searching:
-            (user,) = users
-            self.to_user(
+        if len(users) > 1 or self._searching:
+            self._search(
                 tenant,
-                user,
+                users,
                 notification,
                 exclude=exclude,
                 stored=stored,
-                done=lambda there: done({user: there} if there.nodes else {}),
+                patient=patient,
+                done=done,
             )
             return
+        (user,) = users
+        self.to_user(
+            tenant,
+            user,
+            notification,
+            exclude=exclude,
+            stored=stored,
+            patient=patient,
+            done=lambda there: done(None if not there.known else {user: there}),
+        )
+
+    def _search(
+        self,
+        tenant: str,
+        users: Sequence[str],
+        notification: Notification,
+        *,
+        exclude: str | None,
+        stored: bool,
+        patient: bool,
+        done: Callable[[FoundElsewhere], None],
+    ) -> None:
+        """Look users up, and then send."""
+        known = False
         holders: dict[str, dict[str, int]] = {}
         sent: dict[str, dict[str, int]] = {}
 
         def finish(awaited: Awaited) -> None:
-            done(_of_users(awaited, holders, sent))
+            done(_of_users(awaited, holders, sent) if known else None)
             if not stored and holders and not awaited.complete:
-                awaited.after = self._after(tenant, list(holders), notification, holders, sent)
+                awaited.after = self._after(tenant, notification, holders, sent)
 
-        awaited = self.bus.await_answers(Told, finish)
+        awaited = self.bus.await_answers(Told, finish, patient=patient)
         content = wired(notification)
 
         def found(all_holders: Found | None) -> None:
+            nonlocal known
+            known = all_holders is not None
             self._searching -= 1
             for user, nodes in (all_holders or {}).items():
                 others = {node: count for node, count in nodes.items() if node != self.id}
@@ -390,7 +412,7 @@ class Cluster:
                         if not holders[user]:
                             del holders[user]
                 if not missing:
-                    self._reached(awaited, reached)
+                    self.reached(awaited, reached)
 
             several = any(len(nodes) > 1 for nodes in (all_holders or {}).values())
             if not sent:
@@ -405,18 +427,17 @@ class Cluster:
     def _after(
         self,
         tenant: str,
-        users: Sequence[str],
         notification: Notification,
         holders: dict[str, dict[str, int]],
-        sent: dict[str, dict[str, int]] | None = None,
+        sent: dict[str, dict[str, int]],
     ) -> Callable[[Awaited], None]:
         """What is done when a node that was late has answered or never will: who has it nowhere by
         then gets it from his log."""
 
         def after(awaited: Awaited) -> None:
-            for user in users:
-                one = _of_user(awaited, holders[user], user, sent)
-                if not one.delivered and not one.filtered:
+            for user, nodes in holders.items():
+                there = _of_user(awaited, nodes, user, sent)
+                if not there.delivered and not there.filtered:
                     self.give_back(tenant, user, notification)
 
         return after
@@ -502,9 +523,9 @@ class Cluster:
         body = Settled(awaited.seq, tenant, user, tuple(ids))
 
         def routed(answer: list[Any]) -> None:
-            self._reached(awaited, sum(map(bool, answer[3::3])))
+            self.reached(awaited, sum(map(bool, answer[3::3])))
 
-        self._run_route(tenant, user, body, routed, lambda: self._unroutable(awaited))
+        self._run_route(tenant, user, body, routed, lambda: self.bus.reached(awaited, 0))
         return future
 
     async def revoke(self, tenant: str, user: str, at: float) -> None:
@@ -616,6 +637,65 @@ class Cluster:
         self.bus.to_node(incoming.sender, Answer(body.seq, Raw(said)))
 
 
+class _ToUser(Awaited):
+    """What became of a notification for one user, by far the most common case."""
+
+    __slots__ = (
+        "_cluster",
+        "_done",
+        "_holders",
+        "_known",
+        "_notification",
+        "_stored",
+        "_tenant",
+        "_user",
+    )
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        tenant: str,
+        user: str,
+        notification: Notification,
+        stored: bool,
+        patient: bool,
+        done: Callable[[Elsewhere], None],
+    ) -> None:
+        super().__init__(Told, patient=patient)
+        self._cluster = cluster
+        self._tenant = tenant
+        self._user = user
+        self._notification = notification
+        self._stored = stored
+        self._done = done
+        self._holders: dict[str, int] = {}
+        self._known = True
+
+    def routed(self, answer: list[Any]) -> None:
+        """The script said who was reached."""
+        for place in range(1, len(answer), 3):
+            if answer[place + 2]:
+                self._holders[answer[place].decode()] = int(answer[place + 1])
+        self._cluster.reached(self, len(self._holders))
+
+    def unroutable(self) -> None:
+        """Redis is away."""
+        self._known = False
+        self._cluster.bus.reached(self, 0)
+
+    def finish(self) -> None:
+        """Tell what is known by now."""
+        known = self._known and self.expected is not None
+        self._done(_of_user(self, self._holders) if known else UNKNOWN)
+        if not self._stored and self._holders and not self.complete:
+            self.after = self._give_back
+
+    def _give_back(self, awaited: Awaited) -> None:
+        there = _of_user(self, self._holders)
+        if not there.delivered and not there.filtered:
+            self._cluster.give_back(self._tenant, self._user, self._notification)
+
+
 _NOTHING = encode_value(None)
 _NUL = "\0"
 
@@ -627,6 +707,8 @@ def _of_user(
     sent: dict[str, dict[str, int]] | None = None,
 ) -> Elsewhere:
     """What the nodes that hold a user say; those that are silent have it by what is known."""
+    if not holders:
+        return NOWHERE
     delivered = routed = 0
     filtered = queued = False
     for node, connections in holders.items():

@@ -13,7 +13,14 @@ from functools import partial
 from time import perf_counter
 
 from notifyd.cluster.messages import UserOutcome
-from notifyd.cluster.router import NOWHERE, Cluster, Elsewhere, Spreading
+from notifyd.cluster.router import (
+    NOWHERE,
+    UNKNOWN,
+    Cluster,
+    Elsewhere,
+    FoundElsewhere,
+    Spreading,
+)
 from notifyd.connections.connection import Connection, State
 from notifyd.connections.outbox import Flusher
 from notifyd.connections.registry import Registry, TenantConnections
@@ -534,6 +541,7 @@ class Dispatcher:
             notification,
             exclude=exclude,
             stored=False,
+            patient=not connections,
             done=lambda there: _resolve(receipt, lambda: sent(there)),
         )
         return receipt
@@ -550,8 +558,8 @@ class Dispatcher:
         here."""
         receipt: asyncio.Future[Receipt] = self._flusher.loop.create_future()
 
-        def sent(found: dict[str, Elsewhere]) -> Eventually[Receipt]:
-            for user_id, there in found.items():
+        def sent(found: FoundElsewhere) -> Eventually[Receipt]:
+            for user_id, there in (found or {}).items():
                 here = results[user_id]
                 if here.connections:
                     self._confirmations.is_shared(tenant_name, user_id, notification.id)
@@ -565,6 +573,7 @@ class Dispatcher:
             notification,
             exclude=exclude,
             stored=False,
+            patient=any(each.outcome is Outcome.NOBODY for each in results.values()),
             done=lambda found: _resolve(receipt, lambda: sent(found)),
         )
         return receipt
@@ -588,15 +597,15 @@ class Dispatcher:
         full = [each for each, rejection in rejections.items() if rejection == "queue_full"]
         missing = bool(stored) + bool(full)
 
-        def sent(users: Sequence[str], found: dict[str, Elsewhere]) -> None:
+        def sent(users: Sequence[str], found: FoundElsewhere) -> None:
             nonlocal missing
             for user_id in users:
-                there = found.get(user_id, NOWHERE)
+                there = UNKNOWN if found is None else found.get(user_id, NOWHERE)
                 if there.nodes and results[user_id].outcome is Outcome.DELIVERED:
                     self._confirmations.is_shared(tenant_name, user_id, notification.id)
                 result = results[user_id] = _joined(results[user_id], there)
                 queued = result.outcome is Outcome.QUEUED and not there.queued
-                if queued and user_id in uncertain:
+                if queued and there.known and user_id in uncertain:
                     # There is nobody but who was left out.
                     self._writes.settle(tenant_name, user_id, (notification.id,))
                     results[user_id] = RecipientResult(Outcome.FILTERED)
@@ -614,6 +623,7 @@ class Dispatcher:
                     notification,
                     exclude=exclude,
                     stored=in_log,
+                    patient=bool(uncertain),
                     done=partial(sent, users),
                 )
         return receipt
