@@ -192,7 +192,7 @@ async def test_messages_of_every_wrong_shape_are_counted_and_change_nothing(
     for reason in reasons:
         expected = 2 * sum(each == reason for each, _ in bad)
         counter = nodes[0].notifyd.metrics.cluster_bad_messages_total.labels(reason)
-        await until(lambda c=counter, e=expected: c.value == e, f"{reason} {expected}")  # type: ignore[misc]  # bound now
+        await until(lambda c=counter, e=expected: c.value == e, f"{reason} {expected}", 20)  # type: ignore[misc]  # bound now
     await anna.nothing_came()
     answer = await nodes[1].publish(channel("news"))
     assert (answer["outcome"], answer["delivered_to"]) == ("delivered", 1)
