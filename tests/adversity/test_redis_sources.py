@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import signal
 import socket
 import sys
 import time
@@ -274,6 +275,7 @@ class Servers:
             **environment,
         }
         self.alive: list[Server] = []
+        self._frozen: list[Server] = []
         self._started = 0
 
     async def add(self) -> Server:
@@ -297,6 +299,19 @@ class Servers:
         self.alive.remove(server)
         await server.kill()
 
+    def freeze(self, server: Server) -> None:
+        """Stop it where it is: it believes that it has the lease."""
+        server.process.send_signal(signal.SIGSTOP)
+        self.alive.remove(server)
+        self._frozen.append(server)
+
+    def thaw(self) -> None:
+        """Let all that are frozen go on."""
+        for server in self._frozen:
+            server.process.send_signal(signal.SIGCONT)
+            self.alive.append(server)
+        self._frozen.clear()
+
     @property
     def holder(self) -> Server | None:
         return next((server for server in self.alive if server.has_lease), None)
@@ -317,6 +332,7 @@ async def servers(tmp_path: Path, redis_server: RedisServer) -> AsyncIterator[Se
         NOTIFYD_REDIS__TRIGGER_ENABLED="true",
     )
     yield made
+    made.thaw()
     for server in list(made.alive):
         with contextlib.suppress(ProcessLookupError):
             await made.kill(server)
@@ -367,7 +383,7 @@ def _depth(server: RedisServer) -> int:
     return sum(int(depth or 0) for depth in depths)
 
 
-async def test_ten_thousand_entries_while_nodes_are_killed(
+async def test_ten_thousand_entries_while_nodes_are_killed_and_frozen(
     servers: Servers, redis_server: RedisServer
 ) -> None:
     count, users = 10_000, 100
@@ -376,13 +392,18 @@ async def test_ten_thousand_entries_while_nodes_are_killed(
     await servers.held()
     commands = (("XADD", STREAM, "*", "data", to(f"u{n % users}", payload=n)) for n in range(count))
     adding = asyncio.ensure_future(asyncio.to_thread(pipelined, redis_server.port, commands))
-    for _ in range(3):
+    for fault in ("kill", "freeze", "kill"):
         holder = await servers.held()
         behind = _depth(redis_server)
         at = behind + random.randrange(300, 1500)
         await until(lambda at=at: _depth(redis_server) >= min(at, count), "progress", 15)  # type: ignore[misc]
-        await servers.kill(holder)
-        await servers.add()
+        if fault == "kill":
+            await servers.kill(holder)
+            await servers.add()
+        else:
+            servers.freeze(holder)
+    # One that wakes in the middle of its work finds that it is another's.
+    servers.thaw()
     assert await adding == count
     await until(lambda: _depth(redis_server) >= count, "all of them", 20)
     await until(lambda: _pending(redis_server) == 0, "all acknowledged", 10)

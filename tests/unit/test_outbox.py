@@ -252,6 +252,26 @@ class TestHoldingBack:
         assert b"".join(written(outbox)) == (b"connected,replay-1,replay-2,live-1,live-2,live-3")
         assert (outbox.size, outboxes.flusher.waiting_bytes) == (0, 0)
 
+    def test_the_first_of_what_is_held_back_can_go_while_the_rest_waits(self) -> None:
+        outboxes = Outboxes()
+        outbox = outboxes.new()
+        outbox.let_first_go(1)
+        outbox.hold_back()
+        outbox.put(b"live-1,")
+        outbox.put(b"live-2,")
+        assert outbox.held_back == 2
+        outbox.hold_back()
+        outbox.put(b"live-3")
+        outbox.put_ahead(b"replay,")
+        outbox.let_first_go(2)
+        outboxes.loop.settle()
+        assert b"".join(written(outbox)) == b"replay,live-1,live-2,"
+        assert (outbox.holds_back, outbox.held_back) == (True, 1)
+        outbox.let_go()
+        outboxes.loop.settle()
+        assert b"".join(written(outbox)) == b"replay,live-1,live-2,live-3"
+        assert (outbox.held_back, outbox.size) == (0, 0)
+
     def test_without_a_replay_put_ahead_is_put(self) -> None:
         outboxes = Outboxes()
         outbox = outboxes.new()
