@@ -64,6 +64,15 @@ class NodeProcess:
 
     async def start(self, *arguments: str) -> None:
         """Run it until it is ready."""
+        await self.spawn(*arguments)
+        async with asyncio.timeout(START_SECONDS):
+            while not await self._is_ready():
+                assert self._process is not None
+                assert self._process.returncode is None, self.log.read_text()
+                await asyncio.sleep(0.02)
+
+    async def spawn(self, *arguments: str) -> None:
+        """Run it."""
         with self.log.open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "notifyd", "serve", *arguments),
@@ -73,10 +82,6 @@ class NodeProcess:
                 cwd=self.log.parent,
                 env=self._environment,
             )
-        async with asyncio.timeout(START_SECONDS):
-            while not await self._is_ready():
-                assert self._process.returncode is None, self.log.read_text()
-                await asyncio.sleep(0.02)
 
     async def _is_ready(self) -> bool:
         with contextlib.suppress(httpx.TransportError):
@@ -85,8 +90,13 @@ class NodeProcess:
 
     def workers(self) -> list[psutil.Process]:
         """The processes that serve for it."""
-        children = psutil.Process(self.pid).children()
-        return [each for each in children if "resource_tracker" not in " ".join(each.cmdline())]
+        workers = []
+        for child in psutil.Process(self.pid).children():
+            # One that was killed may not have been waited for yet.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "resource_tracker" not in " ".join(child.cmdline()):
+                    workers.append(child)
+        return workers
 
     def twin(self, **variables: str) -> NodeProcess:
         """Another with the same settings but for these, on the same port."""
