@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -540,7 +540,8 @@ def stalled(bench: Bench) -> Rows:
     with and without one more that stops reading. It runs until that one's outbox is full and
     the server closes it; each run has a server of its own."""
     seconds = 5.0 if bench.quick else 30.0
-    publishing = bench.notifyd.to_channel(publishers=1, window=1, rate=50)
+    # More than the kernel's buffers take in that time.
+    publishing = bench.notifyd.to_channel(publishers=1, window=1, rate=50, padding=5000)
     ratio = Ratios(1.5, False)
     with_one: list[FanResult] = []
     without: list[FanResult] = []
@@ -571,13 +572,15 @@ def stalled(bench: Bench) -> Rows:
         ratio.values.append(slow.p99_ms / plain.p99_ms)
 
     repeat(bench, [ratio], measure)
-    yield ratio.row(
+    row = ratio.row(
         "one peer that stops reading among 1,000: the p99 of the other 999 against what it was "
         "without it",
         f"{_median([r.p99_ms for r in with_one]):.2f} ms against "
         f"{_median([r.p99_ms for r in without]):.2f} ms; the server closed the silent one in "
         f"{closed} of {len(with_one)} runs",
     )
+    # Too short for that.
+    yield row if bench.quick else replace(row, met=row.met and closed == len(with_one))
 
 
 SCENARIOS: dict[str, Callable[[Bench], Rows]] = {

@@ -123,10 +123,18 @@ class NotifydSubject:
         return f"/ws?token={self.token('probe')}"
 
     def to_channel(
-        self, *, publishers: int, window: int, rate: float = 0, channel: str = CHANNEL
+        self,
+        *,
+        publishers: int,
+        window: int,
+        rate: float = 0,
+        channel: str = CHANNEL,
+        padding: int = 0,
     ) -> Publishing:
-        """Publishes to the channel."""
-        body = {"channel": channel, **CONTENT}
+        """Publishes to the channel; `padding` bytes more than usual."""
+        body: dict[str, object] = {"channel": channel, **CONTENT}
+        if padding:
+            body["payload"] = {**PAYLOAD, "padding": "x" * padding}
         return self._publishing("channel", body, publishers, window=window, rate=rate)
 
     def broadcast(self) -> Publishing:

@@ -65,6 +65,7 @@ from notifyd.settings import problems
 T = TypeVar("T")
 
 DRAIN_PER_TURN = 200
+SWEEP_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 _IN_PROCESS = Principal(name="in process", scopes=frozenset({"publish"}))
 
@@ -204,6 +205,7 @@ class Notifyd(PublishingCalls):
             spread=spread,
             spawn=self._tasks.spawn,
             presence=None if self.cluster is None else self.cluster.presence,
+            rate_limits=self._backends.rate_limits,
         )
         self._writes.on_returned = self._returned
         dispatcher = Dispatcher(
@@ -237,6 +239,7 @@ class Notifyd(PublishingCalls):
             idempotency=self._backends.idempotency,
             metrics=self.metrics,
             production=production,
+            rate_limits=self._backends.rate_limits,
         )
         # Its users come by tokens of ours: not where the application knows them by itself.
         demo = None
@@ -380,6 +383,8 @@ class Notifyd(PublishingCalls):
             seconds = self.settings.ack.cleanup_interval_seconds
             expire_acks = partial(_expire, self._ledger)
             self._tasks.every(seconds, expire_acks, "expiring acknowledgements")
+        if self._backends.rate_limits is not None:
+            self._tasks.every(SWEEP_SECONDS, self._backends.sweep, "sweeping rate limits")
         if self._sources is not None:
             self._sources.start()
         self._phase = "ready"

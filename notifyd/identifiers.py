@@ -104,6 +104,7 @@ def request_id(offered: bytes | None) -> str:
     return new_uuid()
 
 
+@lru_cache(maxsize=16)
 def timestamp_text(unix_seconds: float) -> str:
     """RFC 3339 in UTC to the millisecond: `2026-01-01T12:00:00.000Z`.
 

@@ -36,7 +36,6 @@ CLOSE_REASONS = (
     "unauthorized",  # 4001
     "forbidden",  # 4003
     "slow",  # 4008
-    "connection_limit",  # 4009 and 4029
     "evicted",  # 4009, for a newer connection of the same user
     "token_expired",  # 4010
     "idle",  # 4012
@@ -44,6 +43,7 @@ CLOSE_REASONS = (
 )
 DIRECTIONS = ("sent", "received")
 BAD_MESSAGE_REASONS = ("not_msgpack", "shape", "unknown", "payload", "failed")
+LIMITED = ("http", "connection", "message")
 CORRUPT_REASONS = ("not_json", "version", "shape", "template")
 FAILURE_REASONS = ("queue_full", "slow", "unavailable", "too_large")
 
@@ -141,6 +141,11 @@ class Histogram:
         """Count `value`, in the metric's unit."""
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
+
+    def observe_average(self, total: float, count: int) -> None:
+        """Count `count` values that were measured together, each as their average."""
+        self._counts[bisect_left(self._bounds, total / count)] += count
+        self._sum += total
 
     @property
     def count(self) -> int:
@@ -351,6 +356,16 @@ class Metrics:
         )
         self.ack_seconds = self._histogram(
             "ack_seconds", "From delivery to acknowledgement.", MILLISECONDS_TO_MINUTES
+        )
+        self.ratelimit_allowed_total = self._counters(
+            "ratelimit_allowed_total",
+            "Requests, handshakes and messages let through, where limits are on.",
+            kind=LIMITED,
+        )
+        self.ratelimit_denied_total = self._counters(
+            "ratelimit_denied_total",
+            "Requests, handshakes and messages that were over a rate.",
+            kind=LIMITED,
         )
         self.redis_up = self._gauge("redis_up", "Whether there is a connection to Redis (1 or 0).")
         self.redis_breaker_state = self._gauge(

@@ -57,10 +57,15 @@ def user_id(text: str, field: str = "user_id") -> str:
     So there is no control character, NUL or line break in it, no lone surrogate, nothing invisible
     and no space but U+0020. Raises ValidationError for `field`.
     """
-    if not 1 <= len(text) <= MAX_USER_ID or not text.isprintable():
+    if not is_user_id(text):
         constraint = f"1 to {MAX_USER_ID} printable characters"
         raise ValidationError(f"{field} must be {constraint}.", field=field, constraint=constraint)
     return text
+
+
+def is_user_id(text: str) -> bool:
+    """Whether `user_id` takes it."""
+    return 1 <= len(text) <= MAX_USER_ID and text.isprintable()
 
 
 def tenant_id(text: str, field: str = "tenant_id") -> str:

@@ -42,6 +42,8 @@ ADDRESS = Meta(extra={"address": True})
 
 Backend = Literal["memory", "redis", "postgres"]
 
+RATE = "^[1-9][0-9]{0,5}/(second|minute|hour|day)$"
+
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Some options. Secret ones never show in its repr, and so in no log and no traceback."""
@@ -147,6 +149,10 @@ class ApiKeySettings(Section, frozen=True, kw_only=True):
     expires_at: Annotated[
         Annotated[datetime, Meta(tz=True)] | None, says("When it ends, with its time zone.")
     ] = None
+    rate: Annotated[
+        Annotated[str, Meta(pattern=RATE)] | None,
+        says("A rate of its own, as 1000/hour; needs ratelimit.enabled."),
+    ] = None
 
 
 class AuthSettings(Section, frozen=True, kw_only=True):
@@ -228,7 +234,7 @@ class AuthSettings(Section, frozen=True, kw_only=True):
         tuple[ApiKeySettings, ...],
         says(
             "Keys of backends: name, key or sha256 (hex), scopes (read, publish, admin; admin if "
-            "not given), expires_at.",
+            "not given), expires_at, rate (as 1000/hour, instead of that of ratelimit).",
             example=[{"name": "shop", "key": "…", "scopes": ["publish"]}],
         ),
     ] = ()
@@ -398,6 +404,43 @@ class IdempotencySettings(Section, frozen=True, kw_only=True):
 
     window_seconds: Annotated[Seconds, says("How long a key is remembered.")] = 86_400
     max_keys: Annotated[int, count("keys"), says("Keys remembered, the last ones.")] = 100_000
+
+
+class RateLimitSettings(Section, frozen=True, kw_only=True):
+    """How often one caller may call, connect and speak."""
+
+    enabled: Annotated[bool, says("Whether there are any limits of this kind.")] = False
+    backend: Annotated[
+        Literal["local", "redis"],
+        says(
+            "Who counts: each node by itself (`local`), or all nodes together (`redis`), but for "
+            "messages, which belong to one connection."
+        ),
+    ] = "local"
+    http_requests_per_second: Annotated[
+        int,
+        count("requests", 1, 1_000_000),
+        says(
+            "Requests of one API key, unless it has a rate of its own, or of one address where "
+            "there is no key. Health checks are not counted."
+        ),
+    ] = 100
+    http_burst: Annotated[
+        int, count("requests", 1, 1_000_000), says("So many at once, after a pause.")
+    ] = 200
+    ws_connections_per_minute: Annotated[
+        int,
+        count("connections", 1, 1_000_000),
+        says("Handshakes from one address, WebSocket and SSE; so many at once, after a pause."),
+    ] = 60
+    ws_messages_per_second: Annotated[
+        int,
+        count("messages", 1, 1_000_000),
+        says("Messages of one WebSocket, without acks of what was delivered to it."),
+    ] = 50
+    ws_messages_burst: Annotated[
+        int, count("messages", 1, 1_000_000), says("So many at once, after a pause.")
+    ] = 200
 
 
 class RedisSettings(Section, frozen=True, kw_only=True):
@@ -575,6 +618,7 @@ class Settings(Section, frozen=True, kw_only=True):
     queue: QueueSettings = QueueSettings()
     ack: AckSettings = AckSettings()
     idempotency: IdempotencySettings = IdempotencySettings()
+    ratelimit: RateLimitSettings = RateLimitSettings()
     redis: RedisSettings = RedisSettings()
     breaker: BreakerSettings = BreakerSettings()
     postgres: PostgresSettings = PostgresSettings()
@@ -604,7 +648,8 @@ class Settings(Section, frozen=True, kw_only=True):
             chosen.add(self.queue.backend)
         if self.ack.enabled:
             chosen.add(self.ack.backend)
-        if self.cluster.enabled or self.redis.has_sources:
+        limits_in_redis = self.ratelimit.enabled and self.ratelimit.backend == "redis"
+        if limits_in_redis or self.redis.has_sources or self.cluster.enabled:
             chosen.add("redis")
         return frozenset(chosen)
 

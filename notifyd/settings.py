@@ -25,6 +25,7 @@ from msgspec import inspect
 from notifyd.errors import ConfigurationError
 from notifyd.identity import DEFAULT_TENANT
 from notifyd.options import (
+    RATE,
     AckSettings,
     ApiKeySettings,
     AuthSettings,
@@ -38,6 +39,7 @@ from notifyd.options import (
     Option,
     PostgresSettings,
     QueueSettings,
+    RateLimitSettings,
     RedisSettings,
     ServerSettings,
     Settings,
@@ -63,6 +65,7 @@ __all__ = [
     "Option",
     "PostgresSettings",
     "QueueSettings",
+    "RateLimitSettings",
     "RedisSettings",
     "ServerSettings",
     "Settings",
@@ -120,7 +123,7 @@ def problems(settings: Settings) -> list[str]:
         *_server(settings.server),
         *_secrets(settings.auth),
         *_public_keys(settings.auth, production=settings.production),
-        *_api_keys(settings.auth),
+        *_api_keys(settings.auth, limited=settings.ratelimit.enabled),
         *_patterns(settings.channels),
         *_origins(settings.cors),
     ]
@@ -406,7 +409,7 @@ def _public_keys(auth: AuthSettings, *, production: bool) -> Iterator[str]:
             yield f'auth.jwks_url: "{auth.jwks_url}" is refused in production; use https'
 
 
-def _api_keys(auth: AuthSettings) -> Iterator[str]:
+def _api_keys(auth: AuthSettings, *, limited: bool) -> Iterator[str]:
     names: set[str] = set()
     for index, key in enumerate(auth.api_keys):
         option = f'auth.api_keys[{index}] ("{key.name}")'
@@ -415,6 +418,13 @@ def _api_keys(auth: AuthSettings) -> Iterator[str]:
         if key.name in names:
             yield f"{option}: another key has this name; give it one of its own"
         names.add(key.name)
+        if key.rate is not None and not limited:
+            yield (
+                f'{option}: rate "{key.rate}" holds only where limits are on; set '
+                "ratelimit.enabled to true, or remove it"
+            )
+        elif key.rate is not None and not re.search(RATE, key.rate):
+            yield f'{option}: rate "{key.rate}" is no rate; write it as "1000/hour"'
         if key.tenant_id not in {None, DEFAULT_TENANT}:
             yield (
                 f'{option}: tenant_id "{key.tenant_id}" is refused, there are no tenants but '

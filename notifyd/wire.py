@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from notifyd.errors import NotifydError, ValidationError
 from notifyd.identifiers import timestamp_text
-from notifyd.notification import MAX_NOTIFICATION_BYTES, MAX_PAYLOAD_DEPTH, Notification
+from notifyd.notification import (
+    MAX_NOTIFICATION_BYTES,
+    MAX_PAYLOAD_DEPTH,
+    AudienceType,
+    Notification,
+)
 
 MAX_REASON = 200
 """Characters of a decoder's sentence that are told."""
@@ -129,12 +135,12 @@ class _Notification(msgspec.Struct, gc=False, tag_field="type", tag="notificatio
     occurred_at: str
     event_type: str
     payload: msgspec.Raw
-    metadata: _Metadata
+    metadata: msgspec.Raw
 
 
 # An event has the type for its name, so it is none of the notification's own bytes.
 _TYPE_BYTES = len(b'"type":"notification",')
-_AUDIENCES = {name: _Audience(name) for name in ("All", "Roles", "Users", "Channels")}
+_AUDIENCES = {name: _Audience(name) for name in get_args(AudienceType)}
 
 
 def notification_message(notification: Notification, *, replayed: bool = False) -> Message:
@@ -142,16 +148,17 @@ def notification_message(notification: Notification, *, replayed: bool = False) 
 
     Raises ValidationError where it would be over 64 KiB.
     """
+    metadata = _metadata if notification.correlation_id is None else _metadata.__wrapped__
     json = _encode(
         _Notification(
             notification.id,
             timestamp_text(notification.occurred_at),
             notification.event_type,
             notification.payload,
-            _Metadata(
+            metadata(
                 notification.source,
-                notification.priority.value,
-                _AUDIENCES[notification.audience.type],
+                notification.priority._value_,
+                notification.audience.type,
                 notification.ttl,
                 notification.correlation_id,
                 replayed,
@@ -168,6 +175,20 @@ def notification_message(notification: Notification, *, replayed: bool = False) 
             constraint=f"at most {MAX_NOTIFICATION_BYTES} bytes",
         )
     return Message("notification", json)
+
+
+@lru_cache(maxsize=256)
+def _metadata(
+    source: str | None,
+    priority: str,
+    audience: AudienceType,
+    ttl: int | None,
+    correlation_id: str | None,
+    replayed: bool,
+) -> msgspec.Raw:
+    """Encoded once for the many notifications that have the same."""
+    metadata = _Metadata(source, priority, _AUDIENCES[audience], ttl, correlation_id, replayed)
+    return msgspec.Raw(_encode(metadata))
 
 
 def message(type: str, **fields: Any) -> Message:
@@ -324,6 +345,9 @@ def decode_client_message(text: str | bytes) -> ClientMessage:
 # Numbers stay text: a recipient may read digits that no float holds.
 _decode_strings = msgspec.json.Decoder(float_hook=str).decode
 BACKSLASH = 0x5C
+SURELY_FLAT = 2 * MAX_PAYLOAD_DEPTH
+"""So few bytes are not nested too deeply: each level takes two brackets."""
+
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
@@ -344,15 +368,32 @@ def normalise_payload(raw: msgspec.Raw | bytes, field: str = "payload") -> msgsp
     their digits. Raises ValidationError.
     """
     try:
-        data = msgspec.json.format(raw, indent=-1)
-        if BACKSLASH in data and b"\\u" in data:
-            # A lone surrogate is valid by JSON's grammar, and no strict client could decode it.
-            _decode_strings(data)
+        return _checked_payload(msgspec.json.format(raw, indent=-1), field)
     except msgspec.DecodeError as error:
         raise ValidationError(f"{field} is not valid JSON: {error}.", field=field) from error
     except RecursionError as error:
         raise _too_deep(field) from error
-    if nested_too_deep(data):
+
+
+def payload_of_compact(raw: msgspec.Raw) -> msgspec.Raw | None:
+    """`normalise_payload` for a part of valid JSON without whitespace; None where that would raise.
+
+    The part is copied out of the whole.
+    """
+    data = bytes(raw)
+    if len(data) <= SURELY_FLAT and BACKSLASH not in data:
+        return msgspec.Raw(data)
+    try:
+        return _checked_payload(data, "payload")
+    except (ValidationError, msgspec.DecodeError, RecursionError):
+        return None
+
+
+def _checked_payload(data: bytes, field: str) -> msgspec.Raw:
+    if BACKSLASH in data and b"\\u" in data:
+        # A lone surrogate is valid by JSON's grammar, and no strict client could decode it.
+        _decode_strings(data)
+    if len(data) > SURELY_FLAT and nested_too_deep(data):
         raise _too_deep(field)
     return msgspec.Raw(data)
 

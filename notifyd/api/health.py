@@ -110,6 +110,7 @@ class Operations:
                 self.health,
                 Description("How the server does", tag, answer=Health),
                 access="open",
+                limited=False,
             ),
             Endpoint(
                 guard,
@@ -118,6 +119,7 @@ class Operations:
                 self.live,
                 Description("Whether the server lives", tag, answer=Alive),
                 access="open",
+                limited=False,
             ),
             Endpoint(
                 guard,
@@ -126,6 +128,7 @@ class Operations:
                 self.ready,
                 Description("Whether the server is ready", tag, answer=Ready, errors=(503,)),
                 access="open",
+                limited=False,
             ),
         ]
         if self._metrics_enabled:

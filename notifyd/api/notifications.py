@@ -22,11 +22,11 @@ from notifyd.api.guard import (
     Request,
     idempotency_key_text,
 )
-from notifyd.dispatch.dispatcher import Dispatcher
+from notifyd.dispatch.dispatcher import Dispatcher, UserSend
 from notifyd.errors import ValidationError
 from notifyd.eventually import Eventually, is_awaitable, settled, then
 from notifyd.identifiers import canonical_uuid, timestamp_text
-from notifyd.names import channel_name, user_id
+from notifyd.names import channel_name, is_user_id, user_id
 from notifyd.notification import (
     EVERYONE,
     Audience,
@@ -40,7 +40,7 @@ from notifyd.notification import (
     TargetType,
 )
 from notifyd.templates import Template, TemplateStore, render
-from notifyd.wire import normalise_payload
+from notifyd.wire import normalise_payload, payload_of_compact
 
 T = TypeVar("T")
 
@@ -211,6 +211,30 @@ class BatchBody(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=Tru
     notifications: Annotated[list[Raw], Meta(min_length=1, max_length=MAX_ITEMS)]
     options: BatchOptions = BatchOptions()
     idempotency_key: str | None = None
+
+
+class _WholeBatchBody(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """A BatchBody whose items are decoded with it."""
+
+    notifications: Annotated[list[NotificationBody], Meta(min_length=1, max_length=MAX_ITEMS)]
+    options: BatchOptions = BatchOptions()
+    idempotency_key: str | None = None
+
+
+_decode_whole_batch = msgspec.json.Decoder(_WholeBatchBody).decode
+
+
+def _whole_batch(data: bytes) -> _WholeBatchBody | None:
+    """A batch in one pass, its payloads without whitespace; None where it or any item is wrong, or
+    its options ask for one item after the other.
+    """
+    try:
+        if not data.isascii():
+            data.decode()
+        body = _decode_whole_batch(msgspec.json.format(data, indent=-1))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return None if body.options.stop_on_error or body.options.deduplicate else body
 
 
 # --- what goes out ------------------------------------------------------------------------------
@@ -407,6 +431,7 @@ class Publishing:
     ) -> None:
         self._guard = guard
         self._dispatch = dispatcher.dispatch
+        self._dispatch_each = dispatcher.dispatch_each
         self._build = Composer(templates, clock=clock, new_id=new_id)
         self._clock = clock
         self._new_id = new_id
@@ -561,7 +586,7 @@ class Publishing:
 
     def batch(self, request: Request) -> Eventually[msgspec.Struct]:
         """POST /api/v1/notifications/batch."""
-        body = self._batch_body(request.body)
+        body = _whole_batch(request.body) or self._batch_body(request.body)
         key = _field_key(request, body.idempotency_key)
         if key is None:
             return self._batch(request, body)
@@ -573,15 +598,98 @@ class Publishing:
             lambda: self._guard.attempt(request, lambda request: self._batch(request, body)),
         )
 
-    def _batch(self, request: Request, body: BatchBody) -> Eventually[BatchAnswer]:
+    def _batch(
+        self, request: Request, body: BatchBody | _WholeBatchBody
+    ) -> Eventually[BatchAnswer]:
         batch = _Batch(request, body.options.deduplicate)
-        if body.options.stop_on_error:
+        if isinstance(body, _WholeBatchBody):
+            results = self._in_runs(batch, body.notifications)
+        elif body.options.stop_on_error:
             return self._until_error(batch, body.notifications)
-        results = [self._item(batch, index, item) for index, item in enumerate(body.notifications)]
+        else:
+            results = [
+                self._item(batch, index, item) for index, item in enumerate(body.notifications)
+            ]
         for result in results:
-            if is_awaitable(result):
+            if type(result) is not BatchResult:
                 return self._when_all_are_known(results)
         return self._summary(results)  # type: ignore[arg-type]  # none is awaitable
+
+    def _in_runs(
+        self, batch: _Batch, bodies: Sequence[NotificationBody]
+    ) -> list[Eventually[BatchResult]]:
+        """The items in their order, those that follow each other and are plain events to a user at
+        once.
+        """
+        results: list[Eventually[BatchResult]] = []
+        run: list[UserSend] = []
+        items: Sequence[Raw] = ()
+        now = self._clock()
+        for index, body in enumerate(bodies):
+            notification = self._plain(body, now)
+            if notification is not None:
+                run.append((body.target.value, notification))  # type: ignore[arg-type]  # a str
+                continue
+            if run:
+                self._send_run(batch, run, results)
+                run = []
+            if not items:
+                items = self._batch_body(batch.request.body).notifications
+            results.append(self._item(batch, index, items[index]))
+        if run:
+            self._send_run(batch, run, results)
+        return results
+
+    def _plain(self, body: NotificationBody, now: float) -> Notification | None:
+        """What is sent, where it is an event for one user and nothing special. Whatever may
+        be wrong is left for `_item` to find.
+        """
+        user = body.target.value
+        event_type = body.event_type
+        if (
+            body.target.type != "user"
+            or not isinstance(user, str)
+            or not is_user_id(user)
+            or event_type is None
+            or body.payload is MISSING
+            or body.template_id is not None
+            or body.variables is not MISSING
+            or body.priority is not None
+            or body.audience is not None
+            or body.idempotency_key is not None
+            or body.id is not None
+            or body.exclude_connection is not None
+        ):
+            return None
+        payload = payload_of_compact(body.payload)
+        if payload is None:
+            return None
+        return Notification(
+            self._new_id(),
+            now,
+            event_type,
+            payload,
+            Priority.NORMAL,
+            body.ttl,
+            body.correlation_id,
+            DEFAULT_SOURCE if body.source is None else body.source,
+            EVERYONE,
+            body.require_ack,
+        )
+
+    def _send_run(
+        self, batch: _Batch, run: Sequence[UserSend], results: list[Eventually[BatchResult]]
+    ) -> None:
+        request = batch.request
+        for receipt in self._dispatch_each(request.tenant, run, source=request.source):
+            index = len(results)
+            if isinstance(receipt, Receipt):
+                results.append(_item_result(index, receipt))
+            elif isinstance(receipt, Exception):
+                results.append(self._bad_item(batch, index, receipt))
+            else:
+                later = _item_result_later(index, receipt)
+                results.append(self._item_awaited(batch, index, later))
 
     async def _when_all_are_known(self, results: Sequence[Eventually[BatchResult]]) -> BatchAnswer:
         return self._summary([await settled(result) for result in results])
@@ -680,18 +788,18 @@ class Publishing:
         return _failed_item(index, known.message)
 
     def _summary(self, results: list[BatchResult]) -> BatchAnswer:
-        skipped = sum(result.skipped for result in results)
-        succeeded = sum(result.success and not result.skipped for result in results)
+        skipped = succeeded = delivered_to = 0
+        for result in results:
+            if result.skipped:
+                skipped += 1
+            elif result.success:
+                succeeded += 1
+            delivered_to += result.delivered_to
+        failed = len(results) - succeeded - skipped
         return BatchAnswer(
             self._new_id(),
             results,
-            BatchSummary(
-                len(results),
-                succeeded,
-                len(results) - succeeded - skipped,
-                skipped,
-                sum(result.delivered_to for result in results),
-            ),
+            BatchSummary(len(results), succeeded, failed, skipped, delivered_to),
             timestamp_text(self._clock()),
         )
 

@@ -7,6 +7,7 @@ to its bounds; beyond them its connection is a slow consumer.
 
 from __future__ import annotations
 
+import os
 from asyncio import AbstractEventLoop, Future
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -114,6 +115,8 @@ class Flusher:
         self._gathered: list[Message] = []
         self._gathered_bytes = 0
         self._fan_outs: deque[FanOut] = deque()
+        self.gathers = False
+        """Whether `spread` has something to put."""
 
     def start(self, loop: AbstractEventLoop) -> None:
         """Flush in this loop's turns."""
@@ -129,8 +132,10 @@ class Flusher:
         for all of them, and put when the turn ends or anything else is put.
         """
         if recipients is not self._gathered_for:
-            self.spread()
+            if self._gathered_for is not None:
+                self.spread()
             self._gathered_for = recipients
+            self.gathers = True
         self._gathered.append(message)
         self._gathered_bytes += len(message.json)
         if self._gathered_bytes > WRITE_BYTES:
@@ -150,6 +155,7 @@ class Flusher:
             if self.waiting_bytes > self.bounds.total_bytes:
                 self.relieve()
             self._schedule_run()
+        self.gathers = False
 
     def _join_gathered(self) -> None:
         recipients, messages = self._gathered_for, self._gathered
@@ -177,52 +183,76 @@ class Flusher:
             self.loop.call_soon(self._run)
 
     def _run(self) -> None:
-        dirty = self._dirty
-        time = self.loop.time
-        deadline = time() + SLICE_SECONDS
-        countdown = CHECK_EVERY
+        deadline = self.loop.time() + SLICE_SECONDS
         try:
-            self._join_gathered()
-            while self._fan_outs:
-                outboxes, data, messages = self._fan_outs[0]
-                for outbox in outboxes:
-                    if outbox._unhindered and not outbox.size:
-                        # By far the most common case: nothing waits, so nothing is put.
-                        outbox._write(data)
-                    else:
-                        self._put(outbox, data, messages)
-                    countdown -= 1
-                    if not countdown:
-                        if time() >= deadline:
-                            return
-                        countdown = CHECK_EVERY
-                if self._fan_outs and self._fan_outs[0].outboxes is outboxes:
-                    self._fan_outs.popleft()
-            if self.waiting_bytes > self.bounds.total_bytes:
-                self.relieve()
-            while dirty:
-                outbox = dirty.popleft()
-                frames = outbox._frames
-                if len(frames) == 1 and outbox._unhindered:
-                    outbox._scheduled = False
-                    data = frames[0]
-                    frames.clear()
-                    self.waiting_bytes -= outbox.size
-                    outbox.size = outbox.messages = 0
-                    outbox._write(data)
-                else:
-                    outbox.flush()
-                countdown -= 1
-                if not countdown:
-                    if time() >= deadline:
-                        break
-                    countdown = CHECK_EVERY
+            if self._write_fan_outs(deadline):
+                if self.waiting_bytes > self.bounds.total_bytes:
+                    self.relieve()
+                self._flush_dirty(deadline)
         finally:
             # Also where one sink failed: the others must not wait for ever.
-            if dirty or self._fan_outs:
+            if self._dirty or self.gathers:
                 self.loop.call_soon(self._run)
             else:
                 self._scheduled = False
+
+    def _write_fan_outs(self, deadline: float) -> bool:
+        """Write what is gathered to outboxes that hold nothing, put it into the others; False where
+        the time was over before."""
+        time, write = self.loop.time, os.write
+        countdown = CHECK_EVERY
+        while self._fan_outs or self._gathered_for is not None:
+            if not self._fan_outs:
+                # Not earlier: what comes while a fan-out goes on is one fan-out behind it.
+                self._join_gathered()
+                continue
+            outboxes, data, messages = self._fan_outs[0]
+            length = len(data)
+            for outbox in outboxes:
+                if not outbox._unhindered or outbox.size:
+                    self._put(outbox, data, messages)
+                elif outbox._descriptor < 0:
+                    outbox._write(data)
+                else:
+                    # By far the most common case: nothing waits, so nothing is put.
+                    try:
+                        written = write(outbox._descriptor, data)
+                    except OSError:
+                        # The transport meets the same, and knows what to do.
+                        written = 0
+                    if written < length:
+                        outbox._write(data[written:])
+                countdown -= 1
+                if not countdown:
+                    if time() >= deadline:
+                        return False
+                    countdown = CHECK_EVERY
+            if self._fan_outs and self._fan_outs[0].outboxes is outboxes:
+                self._fan_outs.popleft()
+        self.gathers = False
+        return True
+
+    def _flush_dirty(self, deadline: float) -> None:
+        dirty = self._dirty
+        time = self.loop.time
+        countdown = CHECK_EVERY
+        while dirty:
+            outbox = dirty.popleft()
+            frames = outbox._frames
+            if len(frames) == 1 and outbox._unhindered:
+                outbox._scheduled = False
+                data = frames[0]
+                frames.clear()
+                self.waiting_bytes -= outbox.size
+                outbox.size = outbox.messages = 0
+                outbox._write(data)
+            else:
+                outbox.flush()
+            countdown -= 1
+            if not countdown:
+                if time() >= deadline:
+                    break
+                countdown = CHECK_EVERY
 
     def paused(self, outbox: Outbox) -> None:
         """This outbox's transport takes nothing more for now."""
@@ -249,6 +279,7 @@ class Outbox:
 
     __slots__ = (
         "_ahead",
+        "_descriptor",
         "_drained",
         "_flusher",
         "_frames",
@@ -271,6 +302,7 @@ class Outbox:
         self.messages = 0
         self.sink = sink
         self._write = sink.write
+        self._descriptor = -1
         # Not closed nor paused, no replay on, nobody waits for it to drain.
         self._unhindered = True
         self.paused = False
@@ -279,16 +311,26 @@ class Outbox:
         self._drained: Future[None] | None = None
         self.connection: Connection
 
+    def write_to(self, descriptor: int) -> None:
+        """Fan-outs go to this descriptor of a socket, past its transport; -1: through it.
+
+        The transport must pause this outbox as soon as it keeps a single byte back, and the outbox
+        must be closed before the socket is.
+        """
+        self._descriptor = descriptor
+
     def put(self, data: bytes) -> bool:
         """Take whole frames; False where the connection is closed, or was just found too slow."""
         flusher = self._flusher
-        flusher.spread()
+        if flusher.gathers:
+            flusher.spread()
         if self.closed:
             return False
+        length = len(data)
         self._frames.append(data)
-        size = self.size = self.size + len(data)
+        size = self.size = self.size + length
         messages = self.messages = self.messages + 1
-        waiting = flusher.waiting_bytes = flusher.waiting_bytes + len(data)
+        waiting = flusher.waiting_bytes = flusher.waiting_bytes + length
         if not self._scheduled:
             self._scheduled = True
             flusher.schedule(self)
@@ -424,6 +466,7 @@ class Outbox:
         """Drop what was not written; nothing is taken any more."""
         self.closed = True
         self._unhindered = False
+        self._descriptor = -1
         self._frames.clear()
         self._ahead = None
         self._flusher.waiting_bytes -= self.size

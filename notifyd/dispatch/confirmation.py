@@ -82,7 +82,7 @@ class Confirmations:
     def hold(
         self,
         notification: Notification,
-        connections: Sequence[Connection],
+        connections: tuple[Connection, ...],
         *,
         shared: bool = False,
     ) -> None:
@@ -96,18 +96,21 @@ class Confirmations:
                 unconfirmed = connection.unconfirmed = {}
             elif id in unconfirmed:
                 return
-            held = unconfirmed[id] = Held(notification, [connection], self._clock(), shared=shared)
+            held = unconfirmed[id] = Held(notification, connections, self._clock(), shared=shared)
             self._oldest_first.append(held)
             self.held += 1
             if self.held > self._max_pending:
                 self._move_oldest_to_log()
-            self._ask_soon(connection)
+            if not connection.acks and connection.outbox.sink.pings:
+                self._to_ask[connection] = None
+                if len(unconfirmed) >= ASK_AT and connection.asked is None:
+                    self.ask(connection)
             return
-        takers = [
+        takers = tuple(
             connection
             for connection in connections
             if connection.unconfirmed is None or id not in connection.unconfirmed
-        ]
+        )
         if not takers:
             # Sent again under the same id: one confirmation settles both.
             return
@@ -128,7 +131,7 @@ class Confirmations:
             # Writing it closed the last of the others, so that it went to the log meanwhile.
             self.hold_stored(held.notification, connection)
             return
-        held.connections.append(connection)
+        held.connections += (connection,)
         connection.hold(held)
         self._ask_soon(connection)
 
@@ -145,12 +148,15 @@ class Confirmations:
     ) -> None:
         """These connections of one user took what the user's log keeps until it is settled."""
         id = notification.id
-        takers: list[Connection] = []
+        takers = tuple(
+            connection
+            for connection in connections
+            if connection.unconfirmed is None or id not in connection.unconfirmed
+        )
         held = Held(notification, takers, self._clock(), stored=True, shared=shared)
         for connection in connections:
             known = None if connection.unconfirmed is None else connection.unconfirmed.get(id)
             if known is None:
-                takers.append(connection)
                 connection.hold(held)
             else:
                 known.in_log = True
@@ -159,7 +165,7 @@ class Confirmations:
 
     def hold_homeless(self, notification: Notification, connection: Connection) -> None:
         """A connection took what waited for a store that is away, and may have it or not."""
-        held = Held(notification, [connection], self._clock(), in_log=True)
+        held = Held(notification, (connection,), self._clock(), in_log=True)
         connection.hold(held)
         self._oldest_first.append(held)
         self.held += 1
@@ -240,9 +246,10 @@ class Confirmations:
             unconfirmed = connection.unconfirmed
             if unconfirmed is not None and id in unconfirmed:
                 del unconfirmed[id]
+                connection.ack_credit += 1
                 if not unconfirmed:
                     connection.unconfirmed = None
-        held.connections.clear()
+        held.connections = ()
         if not held.stored:
             self.held -= 1
             self._forget_settled()
@@ -260,7 +267,7 @@ class Confirmations:
         identity = connection.identity
         returned: list[Notification] = []
         for held in unconfirmed.values():
-            held.connections.remove(connection)
+            held.connections = tuple(each for each in held.connections if each is not connection)
             if not held.connections:
                 self._let_go(held)
                 if not held.stored:
@@ -387,7 +394,7 @@ class Confirmations:
             held = unconfirmed.pop(id, None)
             if held is not None:
                 held.settled = True
-                held.connections.clear()
+                held.connections = ()
                 confirmed.append(id)
                 if held.in_log:
                     in_log.append(id)
@@ -395,13 +402,17 @@ class Confirmations:
                     shared.append(id)
                 if not held.stored:
                     self.held -= 1
+        connection.ack_credit += len(confirmed)
         if not unconfirmed:
             connection.unconfirmed = None
         self._forget_settled()
 
     def _forget_settled(self) -> None:
-        if len(self._oldest_first) > 2 * self.held + KEPT_SETTLED:
-            self._oldest_first = deque(each for each in self._oldest_first if not each.settled)
+        oldest_first = self._oldest_first
+        while oldest_first and oldest_first[0].settled:
+            oldest_first.popleft()
+        if len(oldest_first) > 2 * self.held + KEPT_SETTLED:
+            self._oldest_first = deque([each for each in oldest_first if not each.settled])
 
     # --- while a replay is on ---
 

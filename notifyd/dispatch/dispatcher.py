@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from time import perf_counter
+from typing import TypeAlias
 
 from notifyd.cluster.messages import UserOutcome
 from notifyd.cluster.router import (
@@ -53,6 +54,10 @@ BEST_FIRST = tuple(Outcome)
 _SURELY_SMALL = MAX_NOTIFICATION_BYTES - 8192
 
 
+UserSend: TypeAlias = tuple[str, Notification]
+"""A user id, and what is for that user."""
+
+
 class Dispatcher:
     """Sends notifications to whom they are for. `logs` or `ledger` is None where it is switched
     off, `cluster` where this is the only node. `store_first` is `queue.mode = "always"`: what is
@@ -87,6 +92,7 @@ class Dispatcher:
         self._delivered_sse = metrics.deliveries_total.labels("sse")
         self._notifications = metrics.notifications_total.labels
         self._observe_seconds = metrics.dispatch_seconds.observe
+        self._observe_average = metrics.dispatch_seconds.observe_average
         self._refused = metrics.delivery_failures_total.labels("slow")
 
     def dispatch(
@@ -105,9 +111,70 @@ class Dispatcher:
         """
         started = perf_counter()
         self._notifications(target.type, source).inc()
-        receipt = self._send(tenant, target, notification, exclude_connection)
-        self._observe_seconds(perf_counter() - started)
-        return receipt
+        try:
+            return self._send(tenant, target, notification, exclude_connection)
+        finally:
+            self._observe_seconds(perf_counter() - started)
+
+    def dispatch_each(
+        self, tenant: str, sends: Sequence[UserSend], *, source: str
+    ) -> list[Eventually[Receipt] | Exception]:
+        """`dispatch` for many notifications to one user each, in their order.
+
+        Where one could not be sent, its exception stands in its place. In `dispatch_seconds` each
+        counts with the average of them all.
+        """
+        started = perf_counter()
+        self._notifications("user", source).inc(len(sends))
+        users = self._registry.tenant(tenant).users
+        messages = [
+            self._message_at_once(notification) if user_id in users else None
+            for user_id, notification in sends
+        ]
+        if self._ledger is not None:
+            # What is expected of each is noted in one call, and as ever before it is written.
+            sent = [
+                (notification.id, user_id)
+                for (user_id, notification), message in zip(sends, messages, strict=True)
+                if message is not None
+            ]
+            if sent:
+                self._writes.note(self._ledger.expect_each, tenant, sent)
+        receipts: list[Eventually[Receipt] | Exception] = []
+        for (user_id, notification), message in zip(sends, messages, strict=True):
+            try:
+                if message is None:
+                    target = Target("user", (user_id,))
+                    receipts.append(self._send(tenant, target, notification, None))
+                    continue
+                # One of those before may have been the last that its connection could take.
+                connections = users.get(user_id)
+                taken_by = (
+                    self._offer(notification, message, connections)
+                    if connections is not None
+                    else 0
+                )
+                receipts.append(
+                    Receipt(notification.id, Outcome.DELIVERED, taken_by)
+                    if taken_by
+                    else self._queue(tenant, user_id, notification)
+                )
+            except Exception as error:  # noqa: BLE001  # the caller's to tell, of this one alone
+                receipts.append(error)
+        self._observe_average(perf_counter() - started, len(sends))
+        return receipts
+
+    def _message_at_once(self, notification: Notification) -> Message | None:
+        """The message, where whoever is connected is to get it, and nothing else comes first."""
+        if (
+            (notification.ttl and notification.occurred_at + notification.ttl <= self._clock())
+            or notification.audience.type != "All"
+            or len(memoryview(notification.payload)) > _SURELY_SMALL
+            or self._store_first
+            or self._cluster is not None
+        ):
+            return None
+        return notification_message(notification)
 
     def _send(
         self, tenant_name: str, target: Target, notification: Notification, exclude: str | None
@@ -204,12 +271,12 @@ class Dispatcher:
             )
         if outcome is not Outcome.NOBODY:
             return Receipt(notification.id, outcome, connections)
-        return self._queue_for(tenant_name, user_id, notification)
+        return self._queue(tenant_name, user_id, notification)
 
-    def _queue_for(
+    def _queue(
         self, tenant_name: str, user_id: str, notification: Notification
     ) -> Eventually[Receipt]:
-        """Nobody took it."""
+        """Keep it for a user whom no connection took it for."""
         if not may_await(notification.audience, user_id):
             return Receipt(notification.id, Outcome.FILTERED)
         if self._logs is None or not notification.storable:
@@ -241,32 +308,46 @@ class Dispatcher:
         shared: bool = False,
     ) -> tuple[Outcome, int]:
         """Offer to a user's connections and hold; NOBODY where none is left that could take it."""
-        connections: Sequence[Connection] = tenant.users[user_id]
+        connections = tenant.users[user_id]
         if exclude is not None or notification.audience.type != "All":
-            connections = admitted(connections, notification.audience, exclude)
+            connections = tuple(admitted(connections, notification.audience, exclude))
             if not connections:
                 return Outcome.FILTERED, 0
+        taken_by = self._offer(notification, message, connections, shared=shared)
+        return (Outcome.DELIVERED if taken_by else Outcome.NOBODY), taken_by
+
+    def _offer(
+        self,
+        notification: Notification,
+        message: Message,
+        connections: tuple[Connection, ...],
+        *,
+        shared: bool = False,
+    ) -> int:
+        """Offer to a user's connections and hold; how many took it."""
         if len(connections) == 1:
             # Most users have one device: no lists, no loops.
             (connection,) = connections
-            if not connection.offer(message):
-                self._refused.inc()
-                return Outcome.NOBODY, 0
             if connection.transport == "websocket":
-                self._delivered_websocket.inc()
+                accepted = connection.outbox.put(message.websocket)
+                delivered = self._delivered_websocket
             else:
-                self._delivered_sse.inc()
+                accepted = connection.outbox.put(message.sse)
+                delivered = self._delivered_sse
+            if not accepted:
+                self._refused.inc()
+                return 0
+            delivered.inc()
             self._confirmations.hold(notification, connections, shared=shared)
-            return Outcome.DELIVERED, 1
-        taken_by = [connection for connection in connections if connection.offer(message)]
+            return 1
+        offered = [connection for connection in connections if connection.offer(message)]
         # One that took it may have been given up to make room for it in another.
-        taken_by = [each for each in taken_by if each.state is State.OPEN]
+        taken_by = tuple(each for each in offered if each.state is State.OPEN)
         streams = sum(connection.transport == "sse" for connection in taken_by)
         self._count(len(taken_by) - streams, streams, len(connections) - len(taken_by))
-        if not taken_by:
-            return Outcome.NOBODY, 0
-        self._confirmations.hold(notification, taken_by, shared=shared)
-        return Outcome.DELIVERED, len(taken_by)
+        if taken_by:
+            self._confirmations.hold(notification, taken_by, shared=shared)
+        return len(taken_by)
 
     def _send_to_users(
         self,
@@ -504,7 +585,7 @@ class Dispatcher:
             if rejection is None:
                 self._confirmations.hold_all_stored(notification, taken_by, shared=shared)
             else:
-                self._confirmations.hold(notification, taken_by, shared=shared)
+                self._confirmations.hold(notification, tuple(taken_by), shared=shared)
             return RecipientResult(Outcome.DELIVERED, len(taken_by))
         if rejection is None:
             return RecipientResult(Outcome.QUEUED)
@@ -530,7 +611,7 @@ class Dispatcher:
                 self._confirmations.is_shared(tenant_name, user_id, notification.id)
             result = _joined(RecipientResult(outcome, connections), there)
             if result.outcome is Outcome.NOBODY:
-                return self._queue_for(tenant_name, user_id, notification)
+                return self._queue(tenant_name, user_id, notification)
             routed = there.routed
             delivered = result.connections if result.outcome is Outcome.DELIVERED else 0
             return Receipt(notification.id, result.outcome, delivered, routed)

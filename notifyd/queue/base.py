@@ -126,6 +126,9 @@ class AckLedger(Protocol):
         it.
         """
 
+    def expect_each(self, tenant: str, sent: Sequence[tuple[str, str]]) -> Eventually[None]:
+        """`expect` for many notifications that were sent to one user each: (notification, user)."""
+
     def expect_anyone(self, tenant: str, notification_id: str) -> Eventually[None]:
         """One bounded entry for a notification that nobody in particular must ack."""
 

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from itertools import repeat
 from typing import Literal
 
 import msgspec
@@ -261,7 +262,9 @@ class MemoryAckLedger:
         self._on_expired = on_expired
         self._records: dict[tuple[str, str], _Record] = {}
         self._order: deque[tuple[str, str]] = deque()
-        self._sent: deque[tuple[float, tuple[str, str]]] = deque()
+        # What was sent, and when: two columns, so that nothing is made for a row.
+        self._sent: deque[tuple[str, str]] = deque()
+        self._sent_at: deque[float] = deque()
         self._size = 0
         self._pending = 0
         self._acknowledged = 0
@@ -291,7 +294,28 @@ class MemoryAckLedger:
         elif not isinstance(record, _Anyone):
             self._expect_more(key, record, recipients, now, queued=queued)
         if not queued:
-            self._sent.append((now, key))
+            self._sent.append(key)
+            self._sent_at.append(now)
+
+    def expect_each(self, tenant: str, sent: Sequence[tuple[str, str]]) -> None:
+        """See `AckLedger.expect_each`."""
+        now = self._clock()
+        records = self._records
+        new = []
+        for notification_id, user_id in sent:
+            key = (tenant, notification_id)
+            if key in records:
+                self.expect(tenant, notification_id, (user_id,))
+            else:
+                records[key] = _Recipient(user_id, now, now, "pending")
+                new.append(key)
+        self._order += new
+        self._sent += new
+        self._sent_at += repeat(now, len(new))
+        self._pending += len(new)
+        self._size += 2 * len(new)
+        if self._size > self._max_pending:
+            self._let_go_of_the_oldest()
 
     def expect_anyone(self, tenant: str, notification_id: str) -> None:
         """See `AckLedger.expect_anyone`."""
@@ -358,8 +382,18 @@ class MemoryAckLedger:
         now = self._clock()
         records = self._records
         for notification_id in ids:
-            recipient = _recipient(records.get((tenant, notification_id)), user_id)
-            if recipient is not None:
+            record = records.get((tenant, notification_id))
+            if (
+                type(record) is _Recipient
+                and record.state == "pending"
+                and record.user_id == user_id
+            ):
+                # Nearly always: no calls, for a Pong confirms many at once.
+                self._pending -= 1
+                record.state = "confirmed"
+                record.confirmed_at = now
+                record.by = "transport"
+            elif (recipient := _recipient(record, user_id)) is not None:
                 self._confirm(recipient, now, "transport")
 
     def _confirm(self, recipient: _Recipient, now: float, by: Literal["ack", "transport"]) -> None:
@@ -403,9 +437,9 @@ class MemoryAckLedger:
         """
         now = self._clock()
         total = 0
-        while self._sent and self._sent[0][0] + self._timeout_seconds <= now:
-            sent_at, key = self._sent.popleft()
-            record = self._records.get(key)
+        while self._sent and self._sent_at[0] + self._timeout_seconds <= now:
+            sent_at = self._sent_at.popleft()
+            record = self._records.get(self._sent.popleft())
             if record is None:
                 continue
             late = 0
@@ -428,12 +462,13 @@ class MemoryAckLedger:
         return total
 
     def _let_go_of_the_oldest(self) -> None:
+        sent, records = self._sent, self._records
         while self._size > self._max_pending and self._order:
             self._let_go(self._order.popleft())
         # Entries of notifications that are gone; without this they would outlive the bound.
-        sent, records = self._sent, self._records
-        while sent and sent[0][1] not in records:
+        while sent and sent[0] not in records:
             sent.popleft()
+            self._sent_at.popleft()
 
     def _let_go(self, key: tuple[str, str]) -> None:
         record = self._records.pop(key)

@@ -841,6 +841,18 @@ class PostgresAckLedger:
         self._calls.add(call)
         return call.future
 
+    def expect_each(self, tenant: str, sent: Sequence[tuple[str, str]]) -> Awaitable[None]:
+        """See `AckLedger.expect_each`. Raises Unavailable."""
+        now = self._clock()
+        calls = [_Expect((tenant, id), (user_id,), now, queued=False) for id, user_id in sent]
+        for call in calls:
+            self._calls.add(call)
+        return self._all(calls)
+
+    @staticmethod
+    async def _all(calls: Sequence[_Expect]) -> None:
+        await asyncio.gather(*[call.future for call in calls])
+
     def expect_anyone(self, tenant: str, notification_id: str) -> Awaitable[None]:
         """See `AckLedger.expect_anyone`. Raises Unavailable."""
         call = _Expect((tenant, notification_id), None, self._clock(), queued=False)

@@ -393,6 +393,12 @@ class RedisAckLedger:
         if count:
             self._on_expired(count)
 
+    def expect_each(self, tenant: str, sent: Sequence[tuple[str, str]]) -> Awaitable[None]:
+        """See `AckLedger.expect_each`."""
+        return self._all(
+            [self._expect_some(member(tenant, id), "sent", (user_id,)) for id, user_id in sent]
+        )
+
     def expect_anyone(self, tenant: str, notification_id: str) -> Awaitable[None]:
         """See `AckLedger.expect_anyone`."""
         return self._expect_some(member(tenant, notification_id), "anyone", ())

@@ -8,6 +8,7 @@
     prefix:{<tenant>}:templates
     prefix:{idem-<digest of a scope>}
     prefix:{cluster}:nodes                     nodes, with said and revoked beside it
+    prefix:{rate|<limit>|<caller>}             a bucket of tokens
     prefix:{trigger}:lease                     the node that dispatches what comes from Redis
     prefix:probe                               a key, and what channels of probes begin with
 
@@ -139,3 +140,7 @@ class RedisKeys:
         """What is known of an idempotency key; hashed, for it may be long, or somebody's secret."""
         digest = hashlib.blake2b(msgspec.json.encode(scope), digest_size=20).hexdigest()
         return f"{self._prefix}:{{idem-{digest}}}"
+
+    def rate_limit(self, limit: str, who: str) -> str:
+        """A caller's bucket under the limit of this name, which has no bar in it."""
+        return f"{self._prefix}:{{rate|{limit}|{_encoded(who)}}}"

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from notifyd.connections.connection import Connection
 from notifyd.connections.lifecycle import Lifecycle
+from notifyd.server.unbuffered import unbuffered
 
 
 class StreamProtocol(asyncio.Protocol):
@@ -45,6 +46,7 @@ class StreamProtocol(asyncio.Protocol):
     def begin(self, connection: Connection) -> None:
         """From here on the socket speaks for this connection."""
         self._connection = connection
+        connection.outbox.write_to(unbuffered(self._transport))
 
     def close(self, code: int, reason: str) -> None:
         """End the stream; why was told by its last event. What a client does not read in time

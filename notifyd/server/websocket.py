@@ -20,6 +20,7 @@ from notifyd import wire
 from notifyd.connections.connection import Connection
 from notifyd.connections.lifecycle import NOTHING_HEARD, Lifecycle, reason_for
 from notifyd.server.door import Timeouts
+from notifyd.server.unbuffered import unbuffered
 
 try:
     from websockets.speedups import apply_mask as unmask
@@ -86,6 +87,7 @@ class WebSocketProtocol(asyncio.Protocol):
     def begin(self, connection: Connection) -> None:
         """From here on the socket speaks for this connection."""
         self._connection = connection
+        connection.outbox.write_to(unbuffered(self._transport))
 
     # --- the sink ---
 

@@ -61,6 +61,19 @@ class TestExpecting:
         }
         assert (await stats(ledger)).pending == 1
 
+    async def test_many_notifications_to_one_user_each_are_expected_at_once(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, SECOND, "ann", queued=True)
+        clock.now += 2
+        await settled(ledger.expect_each("acme", [(FIRST, "ann"), (SECOND, "ann"), (FIRST, "bob")]))
+        assert await states(ledger, FIRST) == {"ann": "pending", "bob": "pending"}
+        assert await states(ledger, SECOND) == {"ann": "pending"}
+        assert (await stats(ledger)).pending == 3
+        clock.now += 30
+        assert await settled(ledger.expire()) == 3
+
     async def test_queued_is_not_pending_until_it_is_sent(
         self, backend: Backend, clock: Clock
     ) -> None:

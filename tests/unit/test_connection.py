@@ -57,7 +57,7 @@ class TestConnection:
 
     def test_holds_in_order_and_keeps_no_empty_memory(self) -> None:
         connection, _ = a_connection()
-        held = [Held(a_notification(), [connection], NOW) for _ in range(3)]
+        held = [Held(a_notification(), (connection,), NOW) for _ in range(3)]
         for each in held:
             connection.hold(each)
         assert list((connection.unconfirmed or {}).values()) == held

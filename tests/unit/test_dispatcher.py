@@ -406,3 +406,44 @@ class TestAwaiting:
 
 def test_receipts_are_small() -> None:
     assert msgspec.json.encode(RecipientResult(Outcome.QUEUED)) == b'{"outcome":"queued"}'
+
+
+class TestEach:
+    """Many notifications to one user each; tests/unit/test_batches.py compares with one by one."""
+
+    def test_who_turns_out_too_slow_gets_the_rest_from_his_queue(self) -> None:
+        world = World(bounds=Bounds(max_bytes=1 << 20, max_messages=2, total_bytes=1 << 30))
+        slow, other = world.connect("slow"), world.connect("other")
+        slow.read()
+        slow.connection.outbox.pause()
+        sends = [(user, a_notification()) for user in ("slow", "slow", "slow", "other", "slow")]
+        receipts = world.dispatcher.dispatch_each("default", sends, source="http")
+        outcomes = [receipt.outcome for receipt in receipts if isinstance(receipt, Receipt)]
+        delivered, queued = Outcome.DELIVERED, Outcome.QUEUED
+        assert outcomes == [delivered, delivered, queued, delivered, queued]
+        assert slow.sink.closed == (4008, "too slow")
+        assert len(other.read_notifications()) == 1
+        expected = [states(world, notification.id) for _, notification in sends]
+        assert expected == [{"slow": "queued"}] * 3 + [{"other": "pending"}, {"slow": "queued"}]
+        kept = world.logs.read("default", "slow").entries
+        assert {each.notification.id for each in kept} == {
+            notification.id for user, notification in sends if user == "slow"
+        }
+
+    def test_none_is_expected_to_confirm_where_all_are_away(self) -> None:
+        world = World()
+        notification = a_notification(ttl=0)
+        (receipt,) = world.dispatcher.dispatch_each(
+            "default", [("u1", notification)], source="http"
+        )
+        assert receipt == Receipt(notification.id, Outcome.NOBODY)
+        assert states(world, notification.id) == {}
+
+    def test_what_is_over_its_ttl_is_not_sent(self) -> None:
+        world = World()
+        client = world.connect("u1")
+        late = a_notification(ttl=1)
+        world.clock.now = late.occurred_at + 1
+        (receipt,) = world.dispatcher.dispatch_each("default", [("u1", late)], source="http")
+        assert receipt == Receipt(late.id, Outcome.EXPIRED)
+        assert client.read_notifications() == []

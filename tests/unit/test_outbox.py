@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+from collections.abc import Iterator
 from typing import cast
 
 import pytest
@@ -547,3 +550,98 @@ class TestPutAll:
             assert outbox.put(frame)
             assert outbox.messages <= 4
         assert outboxes.slow == []
+
+
+class TestDescriptors:
+    """Fan-outs go past the transport, unless something is in the way."""
+
+    @pytest.fixture
+    def pair(self) -> Iterator[tuple[socket.socket, socket.socket]]:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            theirs.setblocking(False)
+            yield ours, theirs
+
+    @staticmethod
+    def _connection(outboxes: Outboxes, descriptor: int) -> Connection:
+        connection = outbox_of(outboxes.flusher).connection
+        connection.outbox.write_to(descriptor)
+        return connection
+
+    def test_a_fan_out_is_written_to_the_descriptor(
+        self, pair: tuple[socket.socket, socket.socket]
+    ) -> None:
+        outboxes = Outboxes()
+        connection = self._connection(outboxes, pair[0].fileno())
+        outboxes.flusher.put_all(Recipients([connection]), wire.PONG)
+        outboxes.loop.settle()
+        assert pair[1].recv(1000) == wire.PONG.websocket
+        assert written(connection.outbox) == []
+
+    def test_what_the_socket_does_not_take_goes_to_the_transport(
+        self, pair: tuple[socket.socket, socket.socket]
+    ) -> None:
+        outboxes = Outboxes()
+        connection = self._connection(outboxes, pair[0].fileno())
+        pair[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        big = message("big", text="x" * 60_000)
+        sent = b""
+        while not written(connection.outbox):
+            outboxes.flusher.put_all(Recipients([connection]), big)
+            outboxes.loop.settle()
+            sent += big.websocket
+        rest = b"".join(written(connection.outbox))
+        assert 0 < len(rest) < len(sent)
+        pair[0].close()
+        pair[1].setblocking(True)
+        received = b"".join(iter(lambda: pair[1].recv(1 << 20), b""))
+        assert received + rest == sent
+
+    def test_an_error_is_left_to_the_transport(self) -> None:
+        outboxes = Outboxes()
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            connection = self._connection(outboxes, writing)
+            outboxes.flusher.put_all(Recipients([connection]), wire.PONG)
+            outboxes.loop.settle()
+            assert written(connection.outbox) == [wire.PONG.websocket]
+        finally:
+            os.close(writing)
+
+    def test_not_while_it_is_paused_or_when_it_is_closed(
+        self, pair: tuple[socket.socket, socket.socket]
+    ) -> None:
+        outboxes = Outboxes()
+        paused = self._connection(outboxes, pair[0].fileno())
+        closed = self._connection(outboxes, pair[0].fileno())
+        paused.outbox.pause()
+        closed.outbox.close()
+        outboxes.flusher.put_all(Recipients([paused, closed]), wire.PONG)
+        outboxes.loop.settle()
+        with pytest.raises(BlockingIOError):
+            pair[1].recv(1000)
+        assert paused.outbox.size == len(wire.PONG.websocket)
+
+
+def test_what_comes_while_a_fan_out_goes_on_is_one_write_behind_it() -> None:
+    outboxes = Outboxes()
+    many = [outbox_of(outboxes.flusher).connection for _ in range(40)]
+    recipients = Recipients(many)
+    first, second, third = (message(name) for name in ("first", "second", "third"))
+    sink = cast(RecordingSink, many[0].outbox.sink)
+
+    def slow(data: bytes) -> None:
+        outboxes.loop.now += SLICE_SECONDS
+        sink.writes.append(data)
+
+    many[0].outbox._write = slow
+    outboxes.flusher.put_all(recipients, first)
+    outboxes.loop.turn()
+    assert written(many[-1].outbox) == []
+    outboxes.flusher.put_all(recipients, second)
+    outboxes.flusher.put_all(recipients, third)
+    outboxes.loop.settle()
+    both = second.websocket + third.websocket
+    assert {tuple(written(each.outbox)) for each in many} == {(first.websocket, both)}

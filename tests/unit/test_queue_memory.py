@@ -116,6 +116,15 @@ class TestAckLedger:
         assert ledger._size == sum(1 + len(_all_of(each)) for each in ledger._records.values())
         assert len(ledger._order) == len(ledger._records)
 
+    def test_keeps_nothing_beyond_its_bound_of_many_at_once(self) -> None:
+        ledger = ack_ledger(Clock(), max_pending=100)
+        for n in range(100):
+            ledger.expect_each("t", [(f"n{n}-{m}", "ann") for m in range(70)])
+            assert ledger._size == 2 * len(ledger._records) == 2 * len(ledger._order) <= 100
+            assert len(ledger._sent) == len(ledger._sent_at) <= 100
+        assert ledger.stats().pending == 50
+        assert ledger.stats().expired == 7000 - 50
+
     async def test_an_hour_later_nothing_is_left(self) -> None:
         clock = Clock()
         ledger = ack_ledger(clock)

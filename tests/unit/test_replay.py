@@ -258,7 +258,7 @@ class TestAgain:
         for each in dying:
             notification = a_notification()
             ids.append(notification.id)
-            world.confirmations.hold(notification, [each.connection])
+            world.confirmations.hold(notification, (each.connection,))
         for each in dying:
             each.lose()
         await world.tasks_done()
@@ -272,7 +272,7 @@ class TestAgain:
         dying = world.connect(acks=True)
         await world.tasks_done()
         extra = a_notification()
-        world.confirmations.hold(extra, [dying.connection])
+        world.confirmations.hold(extra, (dying.connection,))
         staying = world.connect()
         assert len(staying.held()) < 5
         dying.lose()

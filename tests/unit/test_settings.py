@@ -19,6 +19,7 @@ from notifyd.settings import (
     ChannelRule,
     PostgresSettings,
     QueueSettings,
+    RateLimitSettings,
     RedisSettings,
     ServerSettings,
     Settings,
@@ -193,7 +194,7 @@ class TestRefusals:
         [
             "NOTIFYD__SERVER__PORT",
             "NOTIFYD_CHANNELS__RULES__NEWS",
-            "NOTIFYD_RATELIMIT__ENABLED_FILE",
+            "NOTIFYD_TENANT__ENABLED_FILE",
         ],
     )
     def test_what_does_not_exist_yet_is_unknown(self, variable: str) -> None:
@@ -472,6 +473,25 @@ class TestCrossChecks:
                     )
                 },
                 'auth.api_keys[1] ("a"): another key has this name',
+            ),
+            (
+                {"NOTIFYD_AUTH__API_KEYS": '[{"name": "a", "key": "k", "rate": "9/day"}]'},
+                'auth.api_keys[0] ("a"): rate "9/day" holds only where limits are on',
+            ),
+            (
+                {
+                    "NOTIFYD_AUTH__API_KEYS": '[{"name": "a", "key": "k", "rate": "9/week"}]',
+                    "NOTIFYD_RATELIMIT__ENABLED": "true",
+                },
+                "auth.api_keys[0].rate: expected a text that matches ^[1-9]",
+            ),
+            (
+                {
+                    "NOTIFYD_RATELIMIT__ENABLED": "true",
+                    "NOTIFYD_RATELIMIT__BACKEND": "redis",
+                    "NOTIFYD_REDIS__URL": "http://localhost",
+                },
+                "redis.url: ",
             ),
             (
                 {"NOTIFYD_AUTH__API_KEYS": '[{"name": "a", "key": "k", "tenant_id": "acme"}]'},
@@ -873,3 +893,20 @@ class TestStores:
         environ = {"NOTIFYD_QUEUE__MAX_MESSAGES": "10"}
         assert refusal(environ).startswith("queue.max_messages")
         load_settings(None, environ | {"NOTIFYD_QUEUE__BACKEND": "redis"})
+
+
+def test_a_rate_that_is_given_in_code() -> None:
+    keys = (ApiKeySettings(name="a", key="k", rate="often"),)
+    limited = Settings(
+        auth=AuthSettings(jwt_secret="s" * 32, api_keys=keys),
+        ratelimit=RateLimitSettings(enabled=True),
+    )
+    assert problems(limited) == [
+        'auth.api_keys[0] ("a"): rate "often" is no rate; write it as "1000/hour"'
+    ]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_limits_in_redis_are_a_use_of_it_where_they_are_on(enabled: bool) -> None:
+    ratelimit = RateLimitSettings(enabled=enabled, backend="redis")
+    assert ("redis" in Settings(ratelimit=ratelimit).backends) == enabled

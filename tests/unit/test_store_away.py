@@ -402,7 +402,7 @@ class TestReplaying:
 
 def held_elsewhere(world: World, client: Connected) -> Notification:
     notification = a_notification(now=world.clock.now)
-    world.confirmations.hold(notification, [client.connection])
+    world.confirmations.hold(notification, (client.connection,))
     return notification
 
 
