@@ -468,14 +468,18 @@ class Cluster:
                 )
             )
 
-        if not self.well:
+        if self._redis.breaker.state is not BreakerState.CLOSED:
             done(Spreading())
             return
-        awaited = self.bus.await_answers(Reached, finish)
         kind = target.type
         assert kind in ("broadcast", "channel", "channels")  # noqa: S101  # for the type checker
-        body = Spread(awaited.seq, tenant, kind, target.names, wired(notification), exclude)
+        awaited = self.bus.await_answers(Reached, finish) if self.bus.up else None
+        seq = 0 if awaited is None else awaited.seq
+        body = Spread(seq, tenant, kind, target.names, wired(notification), exclude)
         self.bus.to_all(body, awaited)
+        if awaited is None:
+            # They hear this node, and this node does not hear what they say of it.
+            done(Spreading(silent=len(self.alive()) - 1))
 
     # --- logs, acks and revocations ---
 
