@@ -31,6 +31,7 @@ from notifyd.api.openapi import openapi_endpoint
 from notifyd.api.others import Others
 from notifyd.api.stats import NO_STORES, Stats, Stores
 from notifyd.api.templates import Templates
+from notifyd.api.tenants import TenantApi
 from notifyd.api.users import Users
 from notifyd.auth import TokenVerifier
 from notifyd.cluster.router import Cluster
@@ -117,6 +118,7 @@ def build_endpoints(services: Services) -> list[Endpoint]:
         ).endpoints(),
         *Templates(guard, services.templates, clock=clock).endpoints(),
         *Acks(guard, services.confirmations, services.ledger).endpoints(),
+        *TenantApi(guard, services.registry).endpoints(),
         *stats.endpoints(),
         *ClusterStatusApi(guard, services.registry, others).endpoints(),
         *Operations(

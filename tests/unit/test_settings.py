@@ -194,7 +194,6 @@ class TestRefusals:
         [
             "NOTIFYD__SERVER__PORT",
             "NOTIFYD_CHANNELS__RULES__NEWS",
-            "NOTIFYD_TENANT__ENABLED_FILE",
         ],
     )
     def test_what_does_not_exist_yet_is_unknown(self, variable: str) -> None:
