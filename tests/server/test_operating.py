@@ -488,7 +488,6 @@ async def test_the_description_of_the_api_names_every_route(host: Host) -> None:
 
 LATER = (
     "/api/v1/tenants",
-    "/api/v1/cluster/status",
     "/api/v1/me/notifications",
     "/asyncapi.json",
     "/console",
