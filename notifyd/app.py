@@ -431,7 +431,9 @@ class Notifyd(PublishingCalls):
 
     async def _retry(self) -> None:
         await self._writes.retry()
-        self._replayer.store_is_back()
+        if not self._backends.logs_away:
+            # Else all who wait for it would ask in vain, each second.
+            self._replayer.store_is_back()
 
     async def drain(self) -> None:
         """Tell every client that the server stops and when to come back, and close."""

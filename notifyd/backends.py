@@ -298,18 +298,27 @@ class Backends:
         for limit in self._local_limits:
             await limit.sweep()
 
+    def _store_of_logs(self) -> Redis | Postgres | None:
+        if self.logs is None:
+            return None
+        stores = {"redis": self.redis, "postgres": self.postgres, "memory": None}
+        return stores[self._settings.queue.backend]
+
+    @property
+    def logs_away(self) -> bool:
+        """Whether the store of the logs is not asked for now."""
+        store = self._store_of_logs()
+        return store is not None and store.breaker.state is not BreakerState.CLOSED
+
     def on_back(self, tell: Callable[[], None]) -> None:
         """Call `tell` each time when the store of the logs is back."""
-        backend = self._settings.queue.backend
-        store = self.redis if backend == "redis" else self.postgres
-        if self.logs is None or backend == "memory" or store is None:
-            return
 
         def changed(state: BreakerState) -> None:
             if state is BreakerState.CLOSED:
                 tell()
 
-        store.breaker.subscribe(changed)
+        if (store := self._store_of_logs()) is not None:
+            store.breaker.subscribe(changed)
 
     async def aclose(self) -> None:
         """Fail what still waits, and disconnect."""

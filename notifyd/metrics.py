@@ -110,10 +110,6 @@ class Gauge:
         """Up by `amount`."""
         self._value += amount
 
-    def dec(self, amount: float = 1) -> None:
-        """Down by `amount`."""
-        self._value -= amount
-
     def set(self, value: float) -> None:
         """Stand at `value`."""
         self._value = value

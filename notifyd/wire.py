@@ -53,12 +53,6 @@ def pong_frame(payload: bytes) -> bytes:
     return b"\x8a%c" % len(payload) + payload
 
 
-def close_frame(code: int, reason: str = "") -> bytes:
-    """A Close with its code and as much of the reason as fits (RFC 6455, section 5.5.1)."""
-    text = reason.encode()[: MAX_CONTROL_PAYLOAD - 2].decode("utf-8", "ignore").encode()
-    return b"\x88%c" % (2 + len(text)) + code.to_bytes(2, "big") + text
-
-
 def texts_of_frames(data: bytes) -> Iterator[str]:
     """The texts of whole frames that this module made; Pings are passed over.
 

@@ -7,6 +7,7 @@ with one reason, whoever asks first.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from typing import Literal
 
 from notifyd.connections.outbox import Outbox
@@ -18,6 +19,10 @@ from notifyd.wire import Message
 Transport = Literal["websocket", "sse"]
 
 UNIDENTIFIED = Identity(user_id="")
+
+
+MAX_LEFT_TO_LOG = 1000
+"""So many ids are remembered of what a connection got and the server holds no longer."""
 
 
 class State(enum.Enum):
@@ -63,10 +68,11 @@ class Connection:
     `address` and `user_agent` are the client's, as far as known; `opened_at` and `last_heard` in
     Unix seconds. `acks`: the client acknowledges by itself, so that a sign of life confirms
     nothing. `unconfirmed` maps notification ids to what is held, in order of delivery; `asked` is
-    the counter of the Ping that is out and the ids that its Pong will confirm. `replays` counts the
-    replays that took more than one turn of the event loop, from their beginning. `ack_credit`
-    counts what was held and is settled, and may be acked all the same; `budget` is what the client
-    may still say, once that was asked.
+    the counter of the Ping that is out and the ids that its Pong will confirm. `left_to_log` has
+    the latest ids of what came here, is not confirmed, and is held by the user's log alone.
+    `replays` counts the replays that took more than one turn of the event loop, from their
+    beginning. `ack_credit` counts what was held and is settled, and may be acked all the same;
+    `budget` is what the client may still say, once that was asked.
     """
 
     __slots__ = (
@@ -79,6 +85,7 @@ class Connection:
         "id",
         "identity",
         "last_heard",
+        "left_to_log",
         "opened_at",
         "outbox",
         "replays",
@@ -118,6 +125,7 @@ class Connection:
         self.ack_credit = 0
         self.budget: MessageBudget | None = None
         self.replays = 0
+        self.left_to_log: dict[str, None] | None = None
 
     def offer(self, message: Message) -> bool:
         """Put a message into the outbox, behind a replay; False where it cannot be taken."""
@@ -135,9 +143,21 @@ class Connection:
             self.unconfirmed = {}
         self.unconfirmed[held.notification.id] = held
 
-    def forget(self, notification_id: str) -> None:
-        """It is confirmed, or somebody else's business now."""
-        if self.unconfirmed is not None:
-            self.unconfirmed.pop(notification_id, None)
-            if not self.unconfirmed:
-                self.unconfirmed = None
+    def leave_to_log(self, notification_id: str) -> None:
+        """Remember of what is held no longer that it was sent here and is in the user's log."""
+        left = self.left_to_log
+        if left is None:
+            left = self.left_to_log = {}
+        left[notification_id] = None
+        if len(left) > MAX_LEFT_TO_LOG:
+            del left[next(iter(left))]
+
+    def take_left_to_log(self, ids: Iterable[str]) -> list[str]:
+        """Those of `ids` that were left to the log, which are no longer remembered."""
+        left = self.left_to_log or {}
+        found = [id for id in ids if id in left]
+        for id in found:
+            del left[id]
+        if not left:
+            self.left_to_log = None
+        return found

@@ -199,6 +199,10 @@ class Replayer:
         """Say that something may be missing; it comes, marked, when the store is back."""
         if connection.state is State.OPEN and connection not in self._without_store:
             self._without_store[connection] = None
+            self._tell_unavailable(connection)
+
+    def _tell_unavailable(self, connection: Connection) -> None:
+        if connection.state is State.OPEN:
             stream = f"user:{connection.identity.user_id}"
             connection.reply(wire.gap_message(stream, "queue_unavailable"))
 
@@ -217,15 +221,22 @@ class Replayer:
                 replayed += await self._send_pages(connection, None)
             self._tell_caught_up(connection, replayed)
             await self._send_what_came_meanwhile(connection)
-            self._let_go(connection)
+        except Exception:
+            self._tell_unavailable(connection)
+            raise
         finally:
+            # Also after a fault of ours: what is live must not wait for ever.
+            self._let_go(connection)
             self._end(connection)
 
     async def _replay_again(self, connection: Connection) -> None:
         try:
             await self._send_what_came_meanwhile(connection)
-            self._let_go(connection)
+        except Exception:
+            self._tell_unavailable(connection)
+            raise
         finally:
+            self._let_go(connection)
             self._end(connection)
 
     async def _send_what_came_meanwhile(self, connection: Connection) -> None:
@@ -353,6 +364,9 @@ class Replayer:
         """Not what it has already, nor what its audience keeps from it."""
         known = connection.unconfirmed
         if known is not None and notification.id in known:
+            return False
+        left = connection.left_to_log
+        if left is not None and notification.id in left:
             return False
         identity = connection.identity
         if self._confirmations.was_confirmed(identity.tenant, identity.user_id, notification.id):

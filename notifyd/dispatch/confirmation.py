@@ -73,6 +73,9 @@ class Confirmations:
         self._remembered: dict[tuple[str, str, str], None] = {}
         self._oldest_first: deque[Held] = deque()
         self.held = 0
+        # What the log has is counted apart: nothing has to go there to make room for it.
+        self._stored_first: deque[Held] = deque()
+        self._stored = 0
         self._to_ask: dict[Connection, None] = {}
         self._settled_during_replay: dict[Connection, set[str]] = {}
         self._counter = count(1)
@@ -154,12 +157,19 @@ class Confirmations:
             if connection.unconfirmed is None or id not in connection.unconfirmed
         )
         held = Held(notification, takers, self._clock(), stored=True, shared=shared)
+        if takers:
+            self._stored_first.append(held)
+            self._stored += 1
         for connection in connections:
             known = None if connection.unconfirmed is None else connection.unconfirmed.get(id)
             if known is None:
                 connection.hold(held)
             else:
                 known.in_log = True
+        while self._stored > self._max_pending:
+            oldest = self._stored_first.popleft()
+            if not oldest.settled:
+                self._leave_to_log(oldest)
         for connection in connections:
             self._ask_soon(connection)
 
@@ -194,10 +204,16 @@ class Confirmations:
             if held.settled:
                 continue
             identity = held.connections[0].identity
-            self._let_go(held)
+            self._leave_to_log(held)
             self._writes.give_back(
                 identity.tenant, identity.user_id, (held.notification,), replay=False
             )
+
+    def _leave_to_log(self, held: Held) -> None:
+        """Hold it no more, though it is not confirmed: its connections have got it all the same."""
+        for connection in held.connections:
+            connection.leave_to_log(held.notification.id)
+        self._let_go(held)
 
     # --- what other nodes hold of the same ---
 
@@ -250,9 +266,11 @@ class Confirmations:
                 if not unconfirmed:
                     connection.unconfirmed = None
         held.connections = ()
-        if not held.stored:
+        if held.stored:
+            self._stored -= 1
+        else:
             self.held -= 1
-            self._forget_settled()
+        self._forget_settled()
 
     def release(self, connection: Connection) -> None:
         """A connection ended: what only it held goes back to the user's log, in order.
@@ -368,6 +386,11 @@ class Confirmations:
                         in_log.append(id)
                     if held.shared:
                         shared.append(id)
+        if connection.left_to_log and (left := connection.take_left_to_log(ids)):
+            # They may be on their way there still.
+            self._writes.confirmed(identity.tenant, identity.user_id, left)
+            in_log += left
+            confirmed += left
         if in_log:
             self._note_settled(connections, in_log)
             self._writes.settle(identity.tenant, identity.user_id, in_log)
@@ -400,7 +423,9 @@ class Confirmations:
                     in_log.append(id)
                 if held.shared:
                     shared.append(id)
-                if not held.stored:
+                if held.stored:
+                    self._stored -= 1
+                else:
                     self.held -= 1
         connection.ack_credit += len(confirmed)
         if not unconfirmed:
@@ -408,11 +433,8 @@ class Confirmations:
         self._forget_settled()
 
     def _forget_settled(self) -> None:
-        oldest_first = self._oldest_first
-        while oldest_first and oldest_first[0].settled:
-            oldest_first.popleft()
-        if len(oldest_first) > 2 * self.held + KEPT_SETTLED:
-            self._oldest_first = deque([each for each in oldest_first if not each.settled])
+        self._oldest_first = _without_settled(self._oldest_first, self.held)
+        self._stored_first = _without_settled(self._stored_first, self._stored)
 
     # --- while a replay is on ---
 
@@ -497,3 +519,12 @@ class Confirmations:
         self._confirm(
             connection, [id for id, held in connection.unconfirmed.items() if held.since <= before]
         )
+
+
+def _without_settled(oldest_first: deque[Held], count: int) -> deque[Held]:
+    """`count` of them are not settled: without the others, where that is cheap or they are many."""
+    while oldest_first and oldest_first[0].settled:
+        oldest_first.popleft()
+    if len(oldest_first) > 2 * count + KEPT_SETTLED:
+        return deque([each for each in oldest_first if not each.settled])
+    return oldest_first

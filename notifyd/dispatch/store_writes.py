@@ -90,6 +90,7 @@ class StoreWrites:
         if self._logs is not None and kept:
             # Behind what waits already, or it would come before it.
             waiting = self.take_homeless(tenant, user_id)
+            replay = replay or bool(waiting)
             self._store(self._logs, (tenant, user_id), [*waiting, *kept], replay=replay)
 
     def _is_over(self, notification: Notification) -> bool:
@@ -244,8 +245,10 @@ class StoreWrites:
             del self._settling[key]
 
     def settling(self, tenant: str, user_id: str) -> Iterable[str]:
-        """What is being settled: a page that was asked for before may still bring it."""
-        return self._settling.get((tenant, user_id), ())
+        """What is being settled, or waits to be: a page that is asked for before may bring it, and
+        arrive after."""
+        key = (tenant, user_id)
+        return (*self._settling.get(key, ()), *self._unsettled.get(key, ()))
 
     async def _settle_later(
         self, key: UserKey, ids: Sequence[str], answer: Awaitable[frozenset[str]]

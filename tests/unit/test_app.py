@@ -234,6 +234,21 @@ class TestWiring:
             notifyd.lifecycle.lost(sink.outbox.connection)
             assert notifyd.metrics.queue_dropped_total.value == 1
 
+    async def test_while_the_store_is_down_nobody_asks_it_in_vain(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        notifyd = Notifyd(settings(queue=QueueSettings(backend="redis")))
+        asked: list[None] = []
+        monkeypatch.setattr(notifyd._replayer, "store_is_back", lambda: asked.append(None))
+        redis = notifyd._backends.redis
+        assert redis is not None
+        await notifyd._retry()
+        assert (len(asked), notifyd._backends.logs_away) == (1, False)
+        for _ in range(notifyd.settings.breaker.failure_threshold):
+            redis.breaker.failed()
+        await notifyd._retry()
+        assert (len(asked), notifyd._backends.logs_away) == (1, True)
+
     async def test_sockets_take_the_publishing_calls(self) -> None:
         services = sockets_of(Notifyd(settings())).services
         assert b"/api/v1/notifications/channel" in services.fast

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+from notifyd.connections.connection import MAX_LEFT_TO_LOG
 from notifyd.connections.lifecycle import TOO_SLOW
 from notifyd.connections.outbox import Bounds
 from notifyd.dispatch.confirmation import ASK_AT, KEPT_SETTLED
@@ -190,6 +191,46 @@ class TestMaxPending:
             client.say("Ack", notification_ids=ids[start : start + 100])
         assert world.confirmations.held == 0
         assert len(world.confirmations._oldest_first) <= KEPT_SETTLED
+
+    async def test_what_moved_does_not_come_again_on_the_same_connection(self) -> None:
+        world = World(max_pending=2)
+        client = world.connect(acks=True)
+        ids = [world.send("u1").notification_id for _ in range(4)]
+        assert client.read_notifications() == ids
+        world.replayer.again(client.connection)
+        await world.tasks_done()
+        assert client.read_notifications() == []
+        client.lose()
+        assert world.connect().read_notifications() == ids
+
+    def test_what_moved_is_settled_by_the_pong_to_the_ping_behind_it(self) -> None:
+        world = World(max_pending=2)
+        client = world.connect()
+        ids = [world.send("u1").notification_id for _ in range(2)]
+        world.confirmations.ask_waiting()
+        later = world.send("u1").notification_id
+        world.flush()
+        assert pending(world) == ids[:1]
+        client.pong_last()
+        assert (pending(world), client.held()) == ([], [later])
+
+    def test_of_what_the_log_has_no_more_is_held(self) -> None:
+        world = World(max_pending=3, store_first=True)
+        client = world.connect(acks=True)
+        ids = [world.send("u1").notification_id for _ in range(20)]
+        assert client.read_notifications() == ids
+        assert client.held() == ids[-3:]
+        assert pending(world) == ids
+        client.say("Ack", notification_ids=ids)
+        assert (pending(world), client.held()) == ([], [])
+        assert world.confirmations._stored == 0
+        assert not world.confirmations._stored_first
+
+    def test_of_what_left_for_the_log_the_latest_are_known(self) -> None:
+        world = World(max_pending=1, max_size_per_user=2000)
+        client = world.connect(acks=True)
+        ids = [world.send("u1").notification_id for _ in range(MAX_LEFT_TO_LOG + 10)]
+        assert list(client.connection.left_to_log or ()) == ids[9:-1]
 
     def test_nothing_keeps_a_connection_after_its_end(self) -> None:
         world = World()

@@ -55,14 +55,9 @@ class TestConnection:
         connection.outbox.flush()
         assert sink.types() == ["pong", "heartbeat"]
 
-    def test_holds_in_order_and_keeps_no_empty_memory(self) -> None:
+    def test_holds_in_order(self) -> None:
         connection, _ = a_connection()
         held = [Held(a_notification(), (connection,), NOW) for _ in range(3)]
         for each in held:
             connection.hold(each)
         assert list((connection.unconfirmed or {}).values()) == held
-        connection.forget("unknown")
-        for each in held:
-            connection.forget(each.notification.id)
-        assert connection.unconfirmed is None
-        connection.forget("unknown")

@@ -86,8 +86,7 @@ def test_gauges_are_set_or_read_at_the_scrape() -> None:
     metrics = Metrics()
     waiting = [1, 2, 3]
     metrics.outbox_bytes.read_from(lambda: sum(waiting))
-    metrics.connections.labels("sse").inc(3)
-    metrics.connections.labels("sse").dec()
+    metrics.connections.labels("sse").inc(2)
     metrics.users_connected.set(7)
     waiting.append(4)
     found = samples(metrics)

@@ -13,6 +13,7 @@ from notifyd.errors import Unavailable
 from notifyd.eventually import Eventually, settled
 from notifyd.identifiers import new_uuid
 from notifyd.notification import Audience, Notification, Outcome, Target
+from notifyd.queue.base import Page
 from tests.unit.connected import Connected, World, a_notification
 
 
@@ -382,6 +383,42 @@ class TestReplaying:
         calls = len(world.store.calls)
         await world.back()
         assert len(world.store.calls) == calls
+
+    async def test_what_a_pong_confirmed_meanwhile_does_not_come_again(self) -> None:
+        world = Away()
+        id = (await world.sent("u1")).notification_id
+        client = world.connect()
+        await world.tasks_done()
+        assert client.read_notifications() == [id]
+        world.confirmations.ask_waiting()
+        world.store.state = "down"
+        client.pong_last()
+        world.store.state = "up"
+        # A page is on its way while what waited is settled.
+        world.replayer.again(client.connection)
+        await asyncio.sleep(0)
+        await world.back()
+        assert (client.read_notifications(), world.pending()) == ([], [])
+
+    @pytest.mark.parametrize("again", [False, True])
+    async def test_after_a_fault_of_ours_what_is_live_does_not_wait(self, again: bool) -> None:
+        world = Away()
+        client = await world.online() if again else None
+
+        def faulty(*args: Any, **options: Any) -> Page:
+            raise ValueError("a fault")
+
+        world.memory.read = faulty
+        if client is None:
+            client = world.connect()
+        else:
+            world.replayer.again(client.connection, before_live=True)
+        with pytest.raises(ValueError, match="a fault"):
+            await world.tasks_done()
+        live = await settled(world.dispatch("u1"))
+        assert client.read_types()[-2:] == ["gap", "notification"]
+        assert client.held() == [live.notification_id]
+        assert world.replayer._again == {}
 
     async def test_what_a_log_gave_up_is_told_to_each_until_something_is_settled(self) -> None:
         world = World(max_size_per_user=2)

@@ -197,6 +197,14 @@ class TestGivingBack:
         writes.writes.give_back("acme", "ann", some(1), replay=False)
         assert writes.returned == []
 
+    def test_what_waited_before_it_he_may_be_without(self) -> None:
+        writes = Writes()
+        writes.logs.down = True
+        writes.give_back(*some(1))
+        writes.logs.down = False
+        writes.writes.give_back("acme", "ann", some(1), replay=False)
+        assert writes.returned == [ANN]
+
 
 class TestWaiting:
     def test_a_store_that_is_away_gets_it_later(self) -> None:

@@ -46,18 +46,6 @@ class TestFrames:
         assert (ping.opcode, bytes(ping.data)) == (Opcode.PING, payload)
         assert (pong.opcode, bytes(pong.data)) == (Opcode.PONG, payload)
 
-    def test_close_has_its_code_and_as_much_of_the_reason_as_fits(self) -> None:
-        short, long, none = parsed(
-            wire.close_frame(4008, "too slow")
-            + wire.close_frame(4003, "ä" * 200)
-            + wire.close_frame(1000)
-        )
-        assert bytes(short.data) == (4008).to_bytes(2, "big") + b"too slow"
-        assert bytes(none.data) == (1000).to_bytes(2, "big")
-        assert bytes(long.data)[2:].decode() == "ä" * 61
-        for frame in (short, long, none):
-            frame.check()
-
     @given(st.lists(st.text(max_size=300), max_size=8), st.integers(0, 8))
     def test_texts_come_out_of_frames_as_they_went_in(self, texts: list[str], at: int) -> None:
         frames = [wire.text_frame(text.encode()) for text in texts]
