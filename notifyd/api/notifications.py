@@ -607,13 +607,34 @@ class Publishing:
         elif body.options.stop_on_error:
             return self._until_error(batch, body.notifications)
         else:
-            results = [
-                self._item(batch, index, item) for index, item in enumerate(body.notifications)
-            ]
+            results = self._one_by_one(batch, body.notifications, [])
+        if batch.unsent:
+            return self._rest_later(batch, results)
         for result in results:
             if type(result) is not BatchResult:
                 return self._when_all_are_known(results)
         return self._summary(results)  # type: ignore[arg-type]  # none is awaitable
+
+    def _one_by_one(
+        self, batch: _Batch, items: Sequence[Raw], results: list[Eventually[BatchResult]]
+    ) -> list[Eventually[BatchResult]]:
+        """The items behind those that have their results; no further than one that must wait before
+        it is sent, or what is behind it came before it."""
+        for index in range(len(results), len(items)):
+            results.append(self._item(batch, index, items[index]))
+            if batch.unsent:
+                break
+        return results
+
+    async def _rest_later(
+        self, batch: _Batch, results: list[Eventually[BatchResult]]
+    ) -> BatchAnswer:
+        items = self._batch_body(batch.request.body).notifications
+        while batch.unsent:
+            known = [await settled(result) for result in results]
+            batch.unsent = False
+            results = self._one_by_one(batch, items, [*known])
+        return await self._when_all_are_known(results)
 
     def _in_runs(
         self, batch: _Batch, bodies: Sequence[NotificationBody]
@@ -636,6 +657,8 @@ class Publishing:
             if not items:
                 items = self._batch_body(batch.request.body).notifications
             results.append(self._item(batch, index, items[index]))
+            if batch.unsent:
+                return results
         if run:
             self._send_run(batch, run, results)
         return results
@@ -725,11 +748,16 @@ class Publishing:
             built = self._build(batch.request.tenant, body)
             if body.template_id is not None and is_awaitable(built):
                 item = _Item(batch, index, raw, body, target)
+                batch.unsent = True
                 return self._item_awaited(batch, index, self._item_later(item, built))
             if batch.deduplicate or body.idempotency_key is not None or body.id is not None:
                 item = _Item(batch, index, raw, body, target)
                 result = self._item_built(item, built)  # type: ignore[arg-type]  # see eventually.py
-                return self._item_awaited(batch, index, result) if is_awaitable(result) else result
+                if not is_awaitable(result):
+                    return result
+                # Where it waits for its key.
+                batch.unsent = body.idempotency_key is not None or body.id is not None
+                return self._item_awaited(batch, index, result)
             receipt = self._dispatch(
                 batch.request.tenant,
                 target,
@@ -805,13 +833,14 @@ class Publishing:
 
 
 class _Batch:
-    """What the items of one batch share."""
+    """What the items of one batch share. `unsent`: the last of them waits, and is not sent yet."""
 
-    __slots__ = ("_seen", "deduplicate", "request")
+    __slots__ = ("_seen", "deduplicate", "request", "unsent")
 
     def __init__(self, request: Request, deduplicate: bool) -> None:
         self.request = request
         self.deduplicate = deduplicate
+        self.unsent = False
         self._seen: set[tuple[str, tuple[str, ...], str]] = set()
 
     def repeats(self, target: Target, event_type: str) -> bool:

@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 from notifyd.api import notifications
 from notifyd.connections.connection import Connection
 from notifyd.errors import Unavailable
+from notifyd.idempotency import FallbackIdempotencyKeys, MemoryIdempotencyKeys
+from notifyd.identifiers import new_uuid
 from notifyd.notification import MAX_NOTIFICATION_BYTES
+from notifyd.options import IdempotencySettings
+from notifyd.templates import CachedTemplates, MemoryTemplates
 from notifyd.wire import notification_message
 from tests.unit.api_server import ADMIN, ApiServer, LaterLogs, ListSink
 
@@ -198,3 +202,43 @@ async def test_an_item_whose_store_is_away_fails_alone() -> None:
         results = (await server.publish("/batch", body)).json()["results"]
         assert [each["error"] for each in results] == ["The store is away."] * 2
         assert [each["index"] for each in results] == [0, 1]
+
+
+@pytest.mark.parametrize("spaced", [False, True])
+async def test_who_must_wait_before_he_is_sent_is_not_overtaken(spaced: bool) -> None:
+    server = ApiServer(templates=CachedTemplates(MemoryTemplates()))
+    stored, memory = (MemoryIdempotencyKeys(IdempotencySettings()) for _ in range(2))
+    server.guard.idempotency = FallbackIdempotencyKeys(stored, memory)
+    await server.request("POST", "/api/v1/templates", TEMPLATE, key=ADMIN)
+    _, sink = server.connect("alone")
+    await asyncio.sleep(0)
+    sink.written.clear()
+    templated = to("alone", template_id="shipped", variables={"order": "A-1"})
+    items = [
+        to("alone", event_type="first", payload=1),
+        templated,
+        to("alone", event_type="second", payload=1),
+        to("alone", event_type="keyed", payload=1, idempotency_key="k"),
+        to("alone", event_type="third", payload=1),
+        {"target": {"type": "user", "value": "alone"}},
+        to("alone", event_type="named", payload=1, id=new_uuid()),
+        to("alone", event_type="fourth", payload=1),
+        templated,
+        to("alone", event_type="last", payload=1),
+    ]
+    content = body_of(items, spaced=spaced, ascii=True)
+    results = (await server.publish("/batch", None, content=content)).json()["results"]
+    await asyncio.sleep(0)
+    assert [each["event_type"] for each in sink.messages() if "event_type" in each] == [
+        "first",
+        "order.shipped",
+        "second",
+        "keyed",
+        "third",
+        "named",
+        "fourth",
+        "order.shipped",
+        "last",
+    ]
+    assert [each["index"] for each in results] == list(range(10))
+    assert [each["success"] for each in results] == [True] * 5 + [False] + [True] * 4
