@@ -353,6 +353,8 @@ class RedisAckLedger:
         self._on_acknowledged = on_acknowledged
         self._on_expired = on_expired
         self._clock = clock
+        self._expecting: list[Word] = []
+        self._expected: asyncio.Future[None]
         self._expect = _script("expect", "ledger")
         self._confirm = _script("confirm", "ledger")
         self._sweep = _script("sweep", "ledger")
@@ -363,46 +365,63 @@ class RedisAckLedger:
         """See `AckLedger.expect`."""
         kind = "queued" if queued else "sent"
         name = member(tenant, notification_id)
-        if len(recipients) <= RECIPIENTS_PER_CALL:
-            return self._expect_some(name, kind, recipients)
-        calls = [
-            self._expect_some(name, kind, recipients[start : start + RECIPIENTS_PER_CALL])
-            for start in range(0, len(recipients), RECIPIENTS_PER_CALL)
-        ]
-        return self._all(calls)
+        for start in range(0, len(recipients), RECIPIENTS_PER_CALL):
+            expected = self._expect_some(
+                name, kind, recipients[start : start + RECIPIENTS_PER_CALL]
+            )
+        return expected if recipients else self._expect_some(name, kind, ())
 
-    @staticmethod
-    async def _all(calls: Sequence[asyncio.Future[None]]) -> None:
-        await asyncio.gather(*calls)
+    def expect_each(self, tenant: str, sent: Sequence[tuple[str, str]]) -> Awaitable[None]:
+        """See `AckLedger.expect_each`."""
+        for id, user_id in sent:
+            expected = self._expect_some(member(tenant, id), "sent", (user_id,))
+        return expected
 
     def _expect_some(self, name: str, kind: str, recipients: Sequence[str]) -> asyncio.Future[None]:
-        keys = self._keys
-        return self._redis.run(
-            self._expect,
-            (keys.stats, keys.order, keys.due, keys.record + name, keys.pending + name),
-            (
-                _microseconds(self._clock),
-                self._timeout,
-                self._keep,
-                self._max_pending,
-                kind,
-                name,
-                keys.record,
-                keys.pending,
-                *[f"u{user_id}" for user_id in recipients],
-            ),
-            self._count_expired,
-        )
+        """All that one turn of the loop expects is one call, whose future all of them share."""
+        expecting = self._expecting
+        if expecting and len(expecting) + len(recipients) > RECIPIENTS_PER_CALL:
+            self._send_expected()
+            expecting = self._expecting
+        if not expecting:
+            loop = asyncio.get_running_loop()
+            self._expected = loop.create_future()
+            # Of several parts of one call only the last is waited for.
+            self._expected.add_done_callback(_retrieve)
+            loop.call_soon(self._send_expected)
+        expecting += (kind, name, len(recipients))
+        expecting += [f"u{user_id}" for user_id in recipients]
+        return self._expected
+
+    def _send_expected(self) -> None:
+        """Send what this turn expects; before anything else that is about it."""
+        if not self._expecting:
+            return
+        expected, self._expecting = self._expecting, []
+        keys, future = self._keys, self._expected
+        try:
+            answer = self._redis.run(
+                self._expect,
+                (keys.stats, keys.order, keys.due),
+                (
+                    _microseconds(self._clock),
+                    self._timeout,
+                    self._keep,
+                    self._max_pending,
+                    keys.record,
+                    keys.pending,
+                    *expected,
+                ),
+                self._count_expired,
+            )
+        except Unavailable as error:
+            future.set_exception(error)
+            return
+        answer.add_done_callback(partial(_hand_on, future))
 
     def _count_expired(self, count: int) -> None:
         if count:
             self._on_expired(count)
-
-    def expect_each(self, tenant: str, sent: Sequence[tuple[str, str]]) -> Awaitable[None]:
-        """See `AckLedger.expect_each`."""
-        return self._all(
-            [self._expect_some(member(tenant, id), "sent", (user_id,)) for id, user_id in sent]
-        )
 
     def expect_anyone(self, tenant: str, notification_id: str) -> Awaitable[None]:
         """See `AckLedger.expect_anyone`."""
@@ -433,6 +452,7 @@ class RedisAckLedger:
         how: Literal["a", "t"],
         convert: Callable[[list[int]], Any],
     ) -> asyncio.Future[Any]:
+        self._send_expected()
         keys = [self._keys.stats, self._keys.times]
         for id in ids:
             name = member(tenant, id)
@@ -448,6 +468,7 @@ class RedisAckLedger:
 
     def report(self, tenant: str, notification_id: str) -> Awaitable[AckReport | None]:
         """See `AckLedger.report`."""
+        self._send_expected()
         key = self._keys.record + member(tenant, notification_id)
         return self._redis.command("HGETALL", key, convert=partial(_report, notification_id))
 
@@ -455,6 +476,7 @@ class RedisAckLedger:
         """See `AckLedger.expire`. Cancelled, it has done a part; of several nodes that do it, each
         counts its own.
         """
+        self._send_expected()
         keys = self._keys
         total = 0
         more = True
@@ -476,6 +498,7 @@ class RedisAckLedger:
 
     async def stats(self) -> AckStats:
         """See `AckLedger.stats`."""
+        self._send_expected()
         names = ("pending", "acknowledged", "expired", "total")
         figures, times = await asyncio.gather(
             self._redis.command("HMGET", self._keys.stats, *names),
@@ -490,6 +513,17 @@ class RedisAckLedger:
             average_ms=total / acknowledged / 1000 if acknowledged else None,
             p95_ms=recent[int(len(recent) * 0.95)] / 1000 if recent else None,
         )
+
+
+def _hand_on(waiting: asyncio.Future[None], answer: asyncio.Future[Any]) -> None:
+    if waiting.done():
+        return
+    if answer.cancelled():
+        waiting.cancel()
+    elif (error := answer.exception()) is not None:
+        waiting.set_exception(error)
+    else:
+        waiting.set_result(None)
 
 
 def _report(notification_id: str, answer: list[bytes]) -> AckReport | None:
