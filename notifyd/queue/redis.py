@@ -222,7 +222,7 @@ class RedisUserLogs:
         bucket = self._buckets[number]
         if gathered is None:
             if not self._enqueuing:
-                loop.call_soon(self._send_all_enqueued)
+                self._redis.gather(self._send_all_enqueued)
             gathered = self._enqueuing[number] = _Gathered([bucket.depth, bucket.due], [], [])
         for name in names:
             gathered.keys += bucket.of(name)
@@ -462,11 +462,10 @@ class RedisAckLedger:
             self._send_expected()
             expecting = self._expecting
         if not expecting:
-            loop = asyncio.get_running_loop()
-            self._expected = loop.create_future()
+            self._expected = asyncio.get_running_loop().create_future()
             # Of several parts of one call only the last is waited for.
             self._expected.add_done_callback(_retrieve)
-            loop.call_soon(self._send_expected)
+            self._redis.gather(self._send_expected)
         expecting += (kind, name, len(recipients))
         expecting += [f"u{user_id}" for user_id in recipients]
         return self._expected
