@@ -42,7 +42,7 @@ from notifyd.cluster.messages import (
     wired,
 )
 from notifyd.cluster.nodes import Node, Nodes, script
-from notifyd.cluster.presence import Found, Presence, retrieve
+from notifyd.cluster.presence import Found, Presence, UserKey, retrieve
 from notifyd.connections.registry import Registry
 from notifyd.errors import ConfigurationError, Unavailable
 from notifyd.log import RateLimitedLog
@@ -163,6 +163,7 @@ class Cluster:
             lease_seconds=lease_seconds,
             connections_of=lambda tenant, user: len(registry.tenant(tenant).of_user(user)),
             users=registry.user_keys,
+            on_late=self._known_late,
         )
         self.bus = Bus(
             redis, cluster_keys, self.id, metrics, receive=self._receive, on_up=self._heard_again
@@ -261,7 +262,15 @@ class Cluster:
         except Unavailable:
             # The subscription would hardly be there; what is revoked comes with the next one.
             self._log.warning("the revocations of the cluster cannot be read")
-        for number, (tenant, user) in enumerate(list(self._registry.user_keys()), 1):
+        await self._look_again(list(self._registry.user_keys()))
+
+    def _known_late(self, users: Sequence[UserKey]) -> None:
+        """Whoever looked for these users here did not find them until now."""
+        self._tasks.spawn(self._look_again(users))
+
+    async def _look_again(self, users: Sequence[UserKey]) -> None:
+        """Replay what came to the logs of these users, not to all of them at once."""
+        for number, (tenant, user) in enumerate(users, 1):
             self.replay_here(tenant, user)
             if number % CAUGHT_UP_AT_ONCE == 0:
                 await asyncio.sleep(CATCH_UP_PAUSE)

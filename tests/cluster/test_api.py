@@ -148,3 +148,14 @@ async def test_a_node_may_be_alone(start_nodes: StartNodes) -> None:
     assert (await node.publish(channel("news")))["outcome"] == "delivered"
     assert (await node.publish(channel("none")))["outcome"] == "nobody"
     await anna.notifications(2)
+
+
+async def test_nodes_without_a_queue_share_templates_keys_and_limits(
+    start_nodes: StartNodes,
+) -> None:
+    nodes = await start_nodes(2, queue={"enabled": False}, ack={"enabled": False})
+    template = {"id": "t", "name": "t", "event_type": "e", "payload_template": {}}
+    assert (await nodes[0].post("/api/v1/templates", template)).status_code == 201
+    assert (await nodes[1].get("/api/v1/templates/t")).status_code == 200
+    first = await nodes[0].publish(user("anna"), idempotency_key="once")
+    assert await nodes[1].publish(user("anna"), idempotency_key="once") == first
