@@ -239,7 +239,7 @@ class Notifyd(PublishingCalls):
             self.cluster.receiver = dispatcher
             self.cluster.replay_here = self.lifecycle.replay_again
             self.cluster.settle_here = self._confirmations.settle_from_elsewhere
-            self.cluster.revoke_here = self.verifier.revoke
+            self.cluster.revoke_here = self._revoke
             self.cluster.give_back = self._give_back
         self._sources = self._make_sources(dispatcher)
         self.guard = Guard(
@@ -359,6 +359,13 @@ class Notifyd(PublishingCalls):
         """Nothing keeps a notification that was held: it is over its ttl, or there is no queue."""
         if notification.storable:
             self.metrics.queue_dropped_total.inc()
+
+    def _revoke(self, tenant: str, user_id: str, at: float) -> None:
+        """Another node revoked tokens, or one before this one began."""
+        if user_id:
+            self.verifier.revoke(tenant, user_id, at)
+        else:
+            self.verifier.revoke_all(tenant, at)
 
     def _give_back(self, tenant: str, user_id: str, notification: Notification) -> None:
         """Another node was sent it and never said that it has it."""

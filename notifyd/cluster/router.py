@@ -42,7 +42,7 @@ from notifyd.cluster.messages import (
     wired,
 )
 from notifyd.cluster.nodes import Node, Nodes, script
-from notifyd.cluster.presence import Found, Presence, UserKey, retrieve
+from notifyd.cluster.presence import Found, Presence, UserKey
 from notifyd.connections.registry import Registry
 from notifyd.errors import ConfigurationError, Unavailable
 from notifyd.log import RateLimitedLog
@@ -61,6 +61,7 @@ START_SECONDS = 5.0
 CAUGHT_UP_AT_ONCE = 100
 CATCH_UP_PAUSE = 0.02
 MAX_REVOCATIONS = 100_000
+"""Beyond it the oldest of a tenant become one time for all of it (`lua/revoke.lua`)."""
 
 Asked = Callable[[Raw], Any]
 
@@ -126,7 +127,8 @@ class Cluster:
 
     Before `start`: `receiver`, `replay_here(tenant, user)`, `settle_here(tenant, user, ids)` (which
     of these were held), `revoke_here(tenant, user, at)` and `give_back(tenant, user, notification)`
-    are set by who makes it, and `answers` what can be asked here.
+    are set by who makes it, and `answers` what can be asked here. Where `user` of a revocation is
+    empty, it is of all users of the tenant.
     """
 
     receiver: Receiver
@@ -174,6 +176,7 @@ class Cluster:
         self._cluster_keys = cluster_keys
         self._registry = registry
         self._route = script("route")
+        self._revoke = script("revoke")
         self._tasks = BackgroundTasks()
         self._log = structlog.get_logger("notifyd.cluster")
         self._beats_log = RateLimitedLog(self._log)
@@ -543,10 +546,8 @@ class Cluster:
 
     async def revoke(self, tenant: str, user: str, at: float) -> None:
         """Refuse a user's tokens on all nodes, those that start later too. Raises Unavailable."""
-        key = self._cluster_keys.revoked
-        await self._redis.command("ZADD", key, "GT", at, tenant + _NUL + user)
-        self._redis.command("ZREMRANGEBYRANK", key, 0, -MAX_REVOCATIONS - 1).add_done_callback(
-            retrieve
+        await self._redis.run(
+            self._revoke, (self._cluster_keys.revoked,), (tenant, user, at, MAX_REVOCATIONS)
         )
         self.bus.to_all(Revoked(tenant, user, at))
 

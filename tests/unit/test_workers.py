@@ -28,10 +28,10 @@ class FakeContext:
     def __init__(self, process: FakeProcess) -> None:
         self._process = process
 
-    def Pipe(self, duplex: bool) -> tuple[Any, Any]:  # noqa: N802  # as multiprocessing has it
+    def Pipe(self, duplex: bool) -> tuple[Any, Any]:  # as multiprocessing has it
         return self, self
 
-    def Process(self, **given: Any) -> FakeProcess:  # noqa: N802  # as above
+    def Process(self, **given: Any) -> FakeProcess:  # as above
         return self._process
 
     def close(self) -> None:
