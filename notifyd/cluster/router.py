@@ -60,6 +60,10 @@ START_SECONDS = 5.0
 
 CAUGHT_UP_AT_ONCE = 100
 CATCH_UP_PAUSE = 0.02
+MAX_UNTOLD = 10_000
+"""Users in whose logs something came while Redis was away for this node, at most: they are told of
+it when it is back; others find it when they connect again."""
+
 MAX_REVOCATIONS = 100_000
 """Beyond it the oldest of a tenant become one time for all of it (`lua/revoke.lua`)."""
 
@@ -183,6 +187,7 @@ class Cluster:
         self._wake = asyncio.Event()
         self._searching = 0
         self._settled: dict[tuple[str, str], list[str]] = {}
+        self._untold: dict[UserKey, None] = {}
         self._catching_up: asyncio.Task[None] | None = None
         self._was_up = False
         self._started = False
@@ -237,6 +242,7 @@ class Cluster:
             try:
                 await self.nodes.beat()
                 await self.presence.renew()
+                await self._tell_untold()
             except Unavailable as error:
                 self._beats_log.warning("this node's lease is not renewed", reason=error.message)
             self._wake.clear()
@@ -499,10 +505,13 @@ class Cluster:
         """Something is in the logs of these users: nodes that hold one of them replay it."""
         if len(users) == 1:
             body = Replay(tenant, (users[0],), before_live)
-            self._run_route(tenant, users[0], body, _pass, _pass_nothing)
+            untold = partial(self._not_told, tenant, users)
+            self._run_route(tenant, users[0], body, _pass, untold)
             return
 
         def found(holders: Found | None) -> None:
+            if holders is None:
+                self._not_told(tenant, users)
             by_node: dict[str, list[str]] = {}
             for user, nodes in (holders or {}).items():
                 for node in nodes:
@@ -512,6 +521,20 @@ class Cluster:
                 self.bus.to_node(node, Replay(tenant, tuple(some), before_live))
 
         self.presence.find(tenant, users, found)
+
+    def _not_told(self, tenant: str, users: Sequence[str]) -> None:
+        """Redis is away for this node, but maybe not for those who have these users."""
+        self._untold.update(dict.fromkeys((tenant, user) for user in users))
+        while len(self._untold) > MAX_UNTOLD:
+            del self._untold[next(iter(self._untold))]
+
+    async def _tell_untold(self) -> None:
+        """Say it now, not all at once; what fails again is told another time."""
+        untold, self._untold = self._untold, {}
+        for number, (tenant, user) in enumerate(untold, 1):
+            self.replay(tenant, (user,))
+            if number % CAUGHT_UP_AT_ONCE == 0:
+                await asyncio.sleep(CATCH_UP_PAUSE)
 
     def settled(self, tenant: str, user: str, ids: Sequence[str]) -> None:
         """A device here confirmed what devices elsewhere hold too; told at the end of this turn."""

@@ -15,6 +15,7 @@ import redis.asyncio
 
 from notifyd.cluster import messages
 from notifyd.cluster.messages import KINDS, encode, wired
+from notifyd.errors import Unavailable
 from notifyd.eventually import settled
 from notifyd.notification import Notification
 from tests.cluster.conftest import StartNodes, _starter, cluster_of
@@ -307,3 +308,26 @@ async def test_what_one_device_confirmed_does_not_come_back_from_a_silent_node(
     await there.close()
     await asyncio.sleep(1.3)
     assert (await nodes[2].get("/stats")).json()["queue"]["total_messages"] == 0
+
+
+@pytest.mark.parametrize("users", [["anna"], ["anna", "ben"]])
+async def test_what_a_node_queued_while_redis_was_away_for_it_alone_is_told_later(
+    nodes: list[Host], monkeypatch: pytest.MonkeyPatch, users: list[str]
+) -> None:
+    anna = await nodes[1].websocket("anna")
+    await anna.nothing_came()
+    cluster = cluster_of(nodes[0])
+    redis, presence = cluster._redis, cluster.presence
+    run = redis.run
+
+    def run_no_route(script: Any, *given: Any) -> Any:
+        if script in {cluster._route, presence._find}:
+            raise Unavailable("away", retry_after=1)
+        return run(script, *given)
+
+    with monkeypatch.context() as away:
+        away.setattr(redis, "run", run_no_route)
+        answer = await nodes[0].publish({"type": "users", "value": users})
+        assert answer["outcome"] == "queued"
+    got = await anna.expect("notification")
+    assert got["id"] == answer["notification_id"]
