@@ -34,7 +34,7 @@ from notifyd.log import RateLimitedLog
 from notifyd.metrics import Metrics
 from notifyd.queue.redis_keys import ClusterKeys
 from notifyd.redis_client import Redis
-from notifyd.redis_subscriber import RedisSubscriber
+from notifyd.redis_subscriber import MAX_MESSAGE_BYTES, RedisSubscriber
 
 ANSWER_SECONDS = 0.2
 """A receipt waits no longer for another node."""
@@ -45,8 +45,10 @@ AFTER_SECONDS = 5.0
 MAX_AWAITED = 100_000
 
 MAX_TOGETHER_BYTES = 1024 * 1024
-"""What goes out together has no more payload, as far as it is several: a message that is too long
-would end the subscriptions of all who hear it (`redis_subscriber.MAX_MESSAGE_BYTES`)."""
+"""Broadcasts that go out together have no more payload, as far as they are several."""
+
+MAX_SENT_BYTES = MAX_MESSAGE_BYTES // 2
+"""What is longer is not sent: it would end the subscriptions of all who hear it."""
 
 Reply = Told | Reached | Held | Answer
 
@@ -324,8 +326,20 @@ class Bus:
         if bodies:
             self._tell_all(bodies, waiting)
         for node, for_node in to_nodes.items():
-            message = ALONE + encode(self.node, for_node)
-            self._publish(self._keys.node + node, message, len(for_node), lambda heard: None)
+            self._tell_node(node, for_node)
+
+    def _tell_node(self, node: str, bodies: Sequence[Body]) -> None:
+        message = ALONE + encode(self.node, bodies)
+        if len(message) <= MAX_SENT_BYTES:
+            self._publish(self._keys.node + node, message, len(bodies), lambda heard: None)
+        elif len(bodies) > 1:
+            for body in bodies:
+                self._tell_node(node, (body,))
+        else:
+            # Such as the names of a million channels; whoever asked does without.
+            self._bad_log.warning(
+                "a message is too long for another node", reason="too_long", bytes=len(message)
+            )
 
     def _tell_all(self, bodies: Sequence[Body], waiting: Sequence[Awaited]) -> None:
         message = ALONE + encode(self.node, bodies)

@@ -12,7 +12,7 @@ import pytest
 
 from notifyd.cluster import bus as bus_module
 from notifyd.cluster.bus import Awaited, Bus
-from notifyd.cluster.messages import Incoming, Spread, Told, wired
+from notifyd.cluster.messages import Answer, Held, Incoming, Spread, Told, encode_value, wired
 from notifyd.metrics import Metrics
 from notifyd.notification import Notification
 from notifyd.queue.redis_keys import RedisKeys
@@ -112,3 +112,13 @@ async def test_what_goes_out_in_one_turn_is_no_longer_than_a_message_may_be(
     assert got == ids
     assert {each.expected for each in waiting} == {1}
     bus.give_up()
+
+
+async def test_an_answer_that_is_too_long_costs_nobody_his_subscription(
+    bus: Bus, redis: FakeRedis
+) -> None:
+    bus.to_node("other", Answer(1, msgspec.Raw(encode_value(b"x" * MAX_MESSAGE_BYTES))))
+    bus.to_node("other", Held(2, ()))
+    await asyncio.sleep(0)
+    (data,) = redis.published
+    assert Incoming(data).body(0) == Held(2, ())
