@@ -239,10 +239,8 @@ class Notifyd(PublishingCalls):
             self.cluster.receiver = dispatcher
             self.cluster.replay_here = self.lifecycle.replay_again
             self.cluster.settle_here = self._confirmations.settle_from_elsewhere
-            self.cluster.revoke_here = self.verifier.revoke
-            self.cluster.give_back = lambda tenant, user_id, notification: self._writes.give_back(
-                tenant, user_id, (notification,)
-            )
+            self.cluster.revoke_here = self._revoke
+            self.cluster.give_back = self._give_back
         self._sources = self._make_sources(dispatcher)
         self.guard = Guard(
             api_keys=ApiKeys(auth, clock=clock),
@@ -362,6 +360,18 @@ class Notifyd(PublishingCalls):
         if notification.storable:
             self.metrics.queue_dropped_total.inc()
 
+    def _revoke(self, tenant: str, user_id: str, at: float) -> None:
+        """Another node revoked tokens, or one before this one began."""
+        if user_id:
+            self.verifier.revoke(tenant, user_id, at)
+        else:
+            self.verifier.revoke_all(tenant, at)
+
+    def _give_back(self, tenant: str, user_id: str, notification: Notification) -> None:
+        """Another node was sent it and never said that it has it."""
+        if not self._confirmations.was_confirmed(tenant, user_id, notification.id):
+            self._writes.give_back(tenant, user_id, (notification,))
+
     def _returned(self, tenant: str, user_id: str, *, before_live: bool = False) -> None:
         """Something is in a user's log that his connections may be without."""
         self.lifecycle.replay_again(tenant, user_id, before_live=before_live)
@@ -454,10 +464,13 @@ class Notifyd(PublishingCalls):
         self._heartbeat.stop()
         grace = self.settings.server.shutdown_grace_seconds
         deadline = asyncio.get_running_loop().time() + grace
-        if left := await self._writes.finish(grace):
-            self._log.error("the store did not take what clients had not confirmed", lost=left)
+        left = await self._writes.finish(grace)
         if self.cluster is not None:
             await self.cluster.stop()
+            # What other nodes have not answered for by now has gone to the logs, too.
+            left = await self._writes.finish(max(0.0, deadline - asyncio.get_running_loop().time()))
+        if left:
+            self._log.error("the store did not take what clients had not confirmed", lost=left)
         await self._tasks.aclose()
         if not await self.tenants.finish(max(0.0, deadline - asyncio.get_running_loop().time())):
             self._log.warning("the store did not take what was counted of tenants")

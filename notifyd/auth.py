@@ -323,6 +323,10 @@ class TokenVerifier:
         """
         self._revocations.add(tenant, user_id, at)
 
+    def revoke_all(self, tenant: str, at: float) -> None:
+        """`revoke` for all users of a tenant."""
+        self._revocations.add_all(tenant, at)
+
     def flush(self) -> None:
         """Forget the verified tokens, so that each must pass the keys of now once more."""
         self._cache.clear()
@@ -497,13 +501,16 @@ class _Revocations:
             # Whoever has the most pays for it: another tenant's tokens must not end by that.
             self._merge(max(self._tenants, key=lambda name: len(self._tenants[name])))
 
+    def add_all(self, tenant: str, at: float) -> None:
+        self._floors[tenant] = max(at, self._floors.get(tenant, at))
+
     def _merge(self, tenant: str) -> None:
         times = self._tenants[tenant]
-        floor = self._floors.get(tenant, -math.inf)
+        floor = -math.inf
         for oldest in list(islice(times, max(1, len(times) // 10))):
             floor = max(floor, times.pop(oldest))
             self._count -= 1
-        self._floors[tenant] = floor
+        self.add_all(tenant, floor)
 
     def check(self, identity: Identity) -> None:
         """Raises Unauthorized for a revoked token."""

@@ -84,7 +84,9 @@ class Backends:
             metrics.leave_out("redis_bad")
         self.logs = self._make_logs() if settings.queue.enabled else None
         self.ledger = self._make_ledger(on_acknowledged) if settings.ack.enabled else None
-        kept_in: Backend = settings.queue.backend if settings.queue.enabled else "memory"
+        # Nodes share these even where there is no queue.
+        without_queue: Backend = "redis" if settings.cluster.enabled else "memory"
+        kept_in = settings.queue.backend if settings.queue.enabled else without_queue
         self.templates = self._make_templates(kept_in)
         self.tenants = self._make_tenants(kept_in)
         self.idempotency = self._make_idempotency_keys(kept_in)

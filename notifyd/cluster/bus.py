@@ -25,6 +25,7 @@ from notifyd.cluster.messages import (
     Held,
     Incoming,
     Reached,
+    Spread,
     Told,
     encode,
 )
@@ -33,7 +34,7 @@ from notifyd.log import RateLimitedLog
 from notifyd.metrics import Metrics
 from notifyd.queue.redis_keys import ClusterKeys
 from notifyd.redis_client import Redis
-from notifyd.redis_subscriber import RedisSubscriber
+from notifyd.redis_subscriber import MAX_MESSAGE_BYTES, RedisSubscriber
 
 ANSWER_SECONDS = 0.2
 """A receipt waits no longer for another node."""
@@ -42,6 +43,12 @@ AFTER_SECONDS = 5.0
 """So long an answer that is late is still waited for, before what was sent counts as lost."""
 
 MAX_AWAITED = 100_000
+
+MAX_TOGETHER_BYTES = 1024 * 1024
+"""Broadcasts that go out together have no more payload, as far as they are several."""
+
+MAX_SENT_BYTES = MAX_MESSAGE_BYTES // 2
+"""What is longer is not sent: it would end the subscriptions of all who hear it."""
 
 Reply = Told | Reached | Held | Answer
 
@@ -180,8 +187,7 @@ class Bus:
         self._awaited[seq] = awaited
         if seconds == ANSWER_SECONDS:
             self._soon.append(awaited)
-            if self._timer is None:
-                self._set_timer()
+            self._set_timer()
         else:
             self._loop.call_later(seconds, self.overdue, awaited)
         if len(self._awaited) > MAX_AWAITED and (queue := self._later or self._soon):
@@ -220,12 +226,19 @@ class Bus:
             after(awaited)
 
     def _set_timer(self) -> None:
-        if self._timer is None:
-            first = min(
-                (queue[0].deadline for queue in (self._soon, self._later) if queue), default=None
-            )
-            if first is not None:
-                self._timer = self._loop.call_at(first, self._look_at_the_time)
+        """Look at the time when the first of all is due, which may be before what is set now."""
+        soon, later = self._soon, self._later
+        if not soon and not later:
+            return
+        first = soon[0].deadline if soon else later[0].deadline
+        if soon and later and later[0].deadline < first:
+            first = later[0].deadline
+        timer = self._timer
+        if timer is not None:
+            if timer.when() <= first:
+                return
+            timer.cancel()
+        self._timer = self._loop.call_at(first, self._look_at_the_time)
 
     def _look_at_the_time(self) -> None:
         self._timer = None
@@ -253,6 +266,7 @@ class Bus:
         else:
             awaited.deadline = self._loop.time() + AFTER_SECONDS
             self._later.append(awaited)
+            self._set_timer()
 
     def give_up(self) -> None:
         """All that is awaited is overdue for good: this node ends."""
@@ -298,13 +312,38 @@ class Bus:
         self._scheduled = False
         to_all, self._to_all = self._to_all, []
         to_nodes, self._to_nodes = self._to_nodes, {}
-        if to_all:
-            message = ALONE + encode(self.node, [body for body, _ in to_all])
-            waiting = [awaited for _, awaited in to_all if awaited is not None]
-            self._publish(self._keys.all, message, len(to_all), partial(self._heard_by, waiting))
-        for node, bodies in to_nodes.items():
-            message = ALONE + encode(self.node, bodies)
+        waiting: list[Awaited] = []
+        bodies: list[Body] = []
+        size = 0
+        for body, awaited in to_all:
+            size += _payload_bytes(body)
+            if bodies and size > MAX_TOGETHER_BYTES:
+                self._tell_all(bodies, waiting)
+                waiting, bodies, size = [], [], _payload_bytes(body)
+            bodies.append(body)
+            if awaited is not None:
+                waiting.append(awaited)
+        if bodies:
+            self._tell_all(bodies, waiting)
+        for node, for_node in to_nodes.items():
+            self._tell_node(node, for_node)
+
+    def _tell_node(self, node: str, bodies: Sequence[Body]) -> None:
+        message = ALONE + encode(self.node, bodies)
+        if len(message) <= MAX_SENT_BYTES:
             self._publish(self._keys.node + node, message, len(bodies), lambda heard: None)
+        elif len(bodies) > 1:
+            for body in bodies:
+                self._tell_node(node, (body,))
+        else:
+            # Such as the names of a million channels; whoever asked does without.
+            self._bad_log.warning(
+                "a message is too long for another node", reason="too_long", bytes=len(message)
+            )
+
+    def _tell_all(self, bodies: Sequence[Body], waiting: Sequence[Awaited]) -> None:
+        message = ALONE + encode(self.node, bodies)
+        self._publish(self._keys.all, message, len(bodies), partial(self._heard_by, waiting))
 
     def _heard_by(self, waiting: Sequence[Awaited], heard: int) -> None:
         # We hear ourselves too; where we hear nobody, no answer will come.
@@ -366,6 +405,10 @@ class Bus:
             reason=error.reason,
             error=str(error)[:200],
         )
+
+
+def _payload_bytes(body: Body) -> int:
+    return len(body.notification.payload) if isinstance(body, Spread) else 0
 
 
 def _unheard(told: Callable[[int], None], call: asyncio.Future[None]) -> None:

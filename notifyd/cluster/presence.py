@@ -29,7 +29,9 @@ Found = dict[str, dict[str, int]]
 class Presence:
     """Says to Redis whom this node holds, and asks it who holds whom.
 
-    `connections_of` tells how many connections a user has here, `users` who has any.
+    `connections_of` tells how many connections a user has here, `users` who has any. `on_late` is
+    told whom Redis has only now learned of, or again: what others put into their logs meanwhile,
+    nobody here was told.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Presence:
         lease_seconds: float,
         connections_of: Callable[[str, str], int],
         users: Callable[[], Iterable[UserKey]],
+        on_late: Callable[[Sequence[UserKey]], None],
     ) -> None:
         self._redis = redis
         self._buckets = keys.buckets
@@ -48,6 +51,7 @@ class Presence:
         self._lease = int(lease_seconds * 1000)
         self._connections_of = connections_of
         self._users = users
+        self._on_late = on_late
         self._users_in = [0] * len(self._buckets)
         self._changed: dict[UserKey, int] = {}
         self._unwritten: dict[UserKey, int] = {}
@@ -142,7 +146,7 @@ class Presence:
     async def renew(self) -> None:
         """Renew the lease of all that is written, and write what is not. Raises Unavailable."""
         unwritten, self._unwritten = self._unwritten, {}
-        await settle(self._write_users(unwritten))
+        await self._write_late(unwritten)
         mine = [bucket for bucket, users in enumerate(self._users_in) if users]
         calls = {bucket: self._call(bucket, ()) for bucket in mine}
         lost: set[int] = set()
@@ -165,7 +169,12 @@ class Presence:
                 bucket = bucket_of(member(tenant, user))
                 if bucket in lost:
                     again[tenant, user] = bucket
-            await settle(self._write_users(again))
+            await self._write_late(again)
+
+    async def _write_late(self, users: dict[UserKey, int]) -> None:
+        await settle(self._write_users(users))
+        if written := [user for user in users if user not in self._unwritten]:
+            self._on_late(written)
 
     async def leave(self) -> None:
         """Nobody is here any more. Raises Unavailable."""

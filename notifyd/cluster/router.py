@@ -42,7 +42,7 @@ from notifyd.cluster.messages import (
     wired,
 )
 from notifyd.cluster.nodes import Node, Nodes, script
-from notifyd.cluster.presence import Found, Presence, retrieve
+from notifyd.cluster.presence import Found, Presence, UserKey
 from notifyd.connections.registry import Registry
 from notifyd.errors import ConfigurationError, Unavailable
 from notifyd.log import RateLimitedLog
@@ -60,7 +60,12 @@ START_SECONDS = 5.0
 
 CAUGHT_UP_AT_ONCE = 100
 CATCH_UP_PAUSE = 0.02
+MAX_UNTOLD = 10_000
+"""Users in whose logs something came while Redis was away for this node, at most: they are told of
+it when it is back; others find it when they connect again."""
+
 MAX_REVOCATIONS = 100_000
+"""Beyond it the oldest of a tenant become one time for all of it (`lua/revoke.lua`)."""
 
 Asked = Callable[[Raw], Any]
 
@@ -126,7 +131,8 @@ class Cluster:
 
     Before `start`: `receiver`, `replay_here(tenant, user)`, `settle_here(tenant, user, ids)` (which
     of these were held), `revoke_here(tenant, user, at)` and `give_back(tenant, user, notification)`
-    are set by who makes it, and `answers` what can be asked here.
+    are set by who makes it, and `answers` what can be asked here. Where `user` of a revocation is
+    empty, it is of all users of the tenant.
     """
 
     receiver: Receiver
@@ -163,6 +169,7 @@ class Cluster:
             lease_seconds=lease_seconds,
             connections_of=lambda tenant, user: len(registry.tenant(tenant).of_user(user)),
             users=registry.user_keys,
+            on_late=self._known_late,
         )
         self.bus = Bus(
             redis, cluster_keys, self.id, metrics, receive=self._receive, on_up=self._heard_again
@@ -173,12 +180,14 @@ class Cluster:
         self._cluster_keys = cluster_keys
         self._registry = registry
         self._route = script("route")
+        self._revoke = script("revoke")
         self._tasks = BackgroundTasks()
         self._log = structlog.get_logger("notifyd.cluster")
         self._beats_log = RateLimitedLog(self._log)
         self._wake = asyncio.Event()
         self._searching = 0
         self._settled: dict[tuple[str, str], list[str]] = {}
+        self._untold: dict[UserKey, None] = {}
         self._catching_up: asyncio.Task[None] | None = None
         self._was_up = False
         self._started = False
@@ -233,6 +242,7 @@ class Cluster:
             try:
                 await self.nodes.beat()
                 await self.presence.renew()
+                await self._tell_untold()
             except Unavailable as error:
                 self._beats_log.warning("this node's lease is not renewed", reason=error.message)
             self._wake.clear()
@@ -261,7 +271,15 @@ class Cluster:
         except Unavailable:
             # The subscription would hardly be there; what is revoked comes with the next one.
             self._log.warning("the revocations of the cluster cannot be read")
-        for number, (tenant, user) in enumerate(list(self._registry.user_keys()), 1):
+        await self._look_again(list(self._registry.user_keys()))
+
+    def _known_late(self, users: Sequence[UserKey]) -> None:
+        """Whoever looked for these users here did not find them until now."""
+        self._tasks.spawn(self._look_again(users))
+
+    async def _look_again(self, users: Sequence[UserKey]) -> None:
+        """Replay what came to the logs of these users, not to all of them at once."""
+        for number, (tenant, user) in enumerate(users, 1):
             self.replay_here(tenant, user)
             if number % CAUGHT_UP_AT_ONCE == 0:
                 await asyncio.sleep(CATCH_UP_PAUSE)
@@ -487,10 +505,13 @@ class Cluster:
         """Something is in the logs of these users: nodes that hold one of them replay it."""
         if len(users) == 1:
             body = Replay(tenant, (users[0],), before_live)
-            self._run_route(tenant, users[0], body, _pass, _pass_nothing)
+            untold = partial(self._not_told, tenant, users)
+            self._run_route(tenant, users[0], body, _pass, untold)
             return
 
         def found(holders: Found | None) -> None:
+            if holders is None:
+                self._not_told(tenant, users)
             by_node: dict[str, list[str]] = {}
             for user, nodes in (holders or {}).items():
                 for node in nodes:
@@ -500,6 +521,20 @@ class Cluster:
                 self.bus.to_node(node, Replay(tenant, tuple(some), before_live))
 
         self.presence.find(tenant, users, found)
+
+    def _not_told(self, tenant: str, users: Sequence[str]) -> None:
+        """Redis is away for this node, but maybe not for those who have these users."""
+        self._untold.update(dict.fromkeys((tenant, user) for user in users))
+        while len(self._untold) > MAX_UNTOLD:
+            del self._untold[next(iter(self._untold))]
+
+    async def _tell_untold(self) -> None:
+        """Say it now, not all at once; what fails again is told another time."""
+        untold, self._untold = self._untold, {}
+        for number, (tenant, user) in enumerate(untold, 1):
+            self.replay(tenant, (user,))
+            if number % CAUGHT_UP_AT_ONCE == 0:
+                await asyncio.sleep(CATCH_UP_PAUSE)
 
     def settled(self, tenant: str, user: str, ids: Sequence[str]) -> None:
         """A device here confirmed what devices elsewhere hold too; told at the end of this turn."""
@@ -534,10 +569,8 @@ class Cluster:
 
     async def revoke(self, tenant: str, user: str, at: float) -> None:
         """Refuse a user's tokens on all nodes, those that start later too. Raises Unavailable."""
-        key = self._cluster_keys.revoked
-        await self._redis.command("ZADD", key, "GT", at, tenant + _NUL + user)
-        self._redis.command("ZREMRANGEBYRANK", key, 0, -MAX_REVOCATIONS - 1).add_done_callback(
-            retrieve
+        await self._redis.run(
+            self._revoke, (self._cluster_keys.revoked,), (tenant, user, at, MAX_REVOCATIONS)
         )
         self.bus.to_all(Revoked(tenant, user, at))
 

@@ -125,6 +125,9 @@ class Supervisor:
         tells.close()
         worker.process, worker.told, worker.ready = process, told, False
         worker.started_at = time.monotonic()
+        if self._stopping:
+            # The signal came meanwhile, and could not be passed on to this one.
+            process.terminate()
 
     def _wait(self, woken: socket.socket, now: float) -> None:
         next_start = min(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from notifyd.errors import Unauthorized
 from tests.cluster.conftest import StartNodes, cluster_of
 from tests.conftest import StartServer
 from tests.front_door import ADMIN_KEY, Host, channel, token, until, user
@@ -148,3 +151,32 @@ async def test_a_node_may_be_alone(start_nodes: StartNodes) -> None:
     assert (await node.publish(channel("news")))["outcome"] == "delivered"
     assert (await node.publish(channel("none")))["outcome"] == "nobody"
     await anna.notifications(2)
+
+
+async def test_nodes_without_a_queue_share_templates_keys_and_limits(
+    start_nodes: StartNodes,
+) -> None:
+    nodes = await start_nodes(2, queue={"enabled": False}, ack={"enabled": False})
+    template = {"id": "t", "name": "t", "event_type": "e", "payload_template": {}}
+    assert (await nodes[0].post("/api/v1/templates", template)).status_code == 201
+    assert (await nodes[1].get("/api/v1/templates/t")).status_code == 200
+    first = await nodes[0].publish(user("anna"), idempotency_key="once")
+    assert await nodes[1].publish(user("anna"), idempotency_key="once") == first
+
+
+async def test_many_revocations_of_one_tenant_let_no_revoked_token_in_where_a_node_begins(
+    start_nodes: StartNodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("notifyd.cluster.router.MAX_REVOCATIONS", 20)
+    (node,) = await start_nodes(1, tenant={"enabled": True})
+    at = 4e9
+    await cluster_of(node).revoke("globex", "anna", at)
+    for number in range(60):
+        await cluster_of(node).revoke("acme", f"u{number}", at + number)
+    (later,) = await start_nodes(1, tenant={"enabled": True})
+    verify = later.notifyd.verifier.verify
+    for tenant, name in (("globex", "anna"), ("acme", "u0"), ("acme", "u59")):
+        with pytest.raises(Unauthorized, match="revoked"):
+            verify(token(name, tenant_id=tenant))
+    verify(token("ben", tenant_id="globex"))
+    verify(token("u0", tenant_id="initech"))

@@ -15,6 +15,8 @@ import redis.asyncio
 
 from notifyd.cluster import messages
 from notifyd.cluster.messages import KINDS, encode, wired
+from notifyd.errors import Unavailable
+from notifyd.eventually import settled
 from notifyd.notification import Notification
 from tests.cluster.conftest import StartNodes, _starter, cluster_of
 from tests.front_door import Host, channel, until, user
@@ -235,3 +237,97 @@ async def test_answers_that_nobody_waits_for_change_nothing(
     answer = await nodes[0].publish(user("anna"))
     assert (answer["outcome"], answer["delivered_to"]) == ("delivered", 1)
     await anna.expect("notification")
+
+
+async def test_who_is_sent_more_behind_a_silent_node_waits_no_longer_than_the_first(
+    nodes: list[Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await nodes[1].websocket("anna")
+    monkeypatch.setattr(cluster_of(nodes[1]).bus, "to_node", lambda node, body: None)
+    for _ in range(3):
+        started = time.monotonic()
+        assert (await nodes[0].publish(user("anna")))["outcome"] == "routed"
+        assert time.monotonic() - started < 1
+
+
+async def test_what_was_queued_before_redis_knew_where_a_user_is_reaches_him_then(
+    start_breakable: StartNodes, redis_server: RedisServer
+) -> None:
+    nodes = await start_breakable(2)
+    anna = await nodes[1].websocket("anna")
+    await anna.nothing_came()
+    redis_server.command("FLUSHALL")
+    answer = await nodes[0].publish(user("anna"))
+    assert answer["outcome"] == "queued"
+    # The subscriptions live on, so that nothing but presence tells node and user of one another.
+    got = await anna.expect("notification")
+    assert got["id"] == answer["notification_id"]
+
+
+async def test_what_a_silent_node_lost_is_not_lost_with_the_end_of_the_sender(
+    nodes: list[Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anna = await nodes[1].websocket("anna")
+    with monkeypatch.context() as lost:
+        lost.setattr(
+            cluster_of(nodes[1]).receiver, "take_for_users", lambda *a, **how: [("nobody", 0)]
+        )
+        lost.setattr(cluster_of(nodes[1]).bus, "to_node", lambda node, body: None)
+        answer = await nodes[0].publish(user("anna"))
+        assert answer["outcome"] == "routed"
+    logs = nodes[0].notifyd._logs
+    assert logs is not None
+    enqueue = logs.enqueue
+
+    async def enqueue_later(*given: Any) -> Any:
+        await asyncio.sleep(0.2)
+        return await settled(enqueue(*given))
+
+    monkeypatch.setattr(logs, "enqueue", enqueue_later)
+    await nodes[0].shut_down()
+    got = await anna.expect("notification")
+    assert got["id"] == answer["notification_id"]
+
+
+async def test_what_one_device_confirmed_does_not_come_back_from_a_silent_node(
+    nodes: list[Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("notifyd.cluster.bus.AFTER_SECONDS", 1.0)
+    here = await nodes[0].websocket("anna", query="acks=1")
+    there = await nodes[1].websocket("anna", query="acks=1")
+    with monkeypatch.context() as lost:
+        lost.setattr(
+            cluster_of(nodes[1]).receiver, "take_for_users", lambda *a, **how: [("nobody", 0)]
+        )
+        lost.setattr(cluster_of(nodes[1]).bus, "to_node", lambda node, body: None)
+        answer = await nodes[0].publish(user("anna"))
+        assert answer["delivered_to"] == 1
+        await here.expect("notification")
+        assert (await here.ack(answer["notification_id"]))["type"] == "acked"
+    await here.close()
+    await there.close()
+    await asyncio.sleep(1.3)
+    assert (await nodes[2].get("/stats")).json()["queue"]["total_messages"] == 0
+
+
+@pytest.mark.parametrize("users", [["anna"], ["anna", "ben"]])
+async def test_what_a_node_queued_while_redis_was_away_for_it_alone_is_told_later(
+    nodes: list[Host], monkeypatch: pytest.MonkeyPatch, users: list[str]
+) -> None:
+    anna = await nodes[1].websocket("anna")
+    await anna.nothing_came()
+    cluster = cluster_of(nodes[0])
+    redis, presence = cluster._redis, cluster.presence
+    run = redis.run
+
+    def run_no_route(script: Any, *given: Any) -> Any:
+        if script in {cluster._route, presence._find}:
+            raise Unavailable("away", retry_after=1)
+        return run(script, *given)
+
+    with monkeypatch.context() as away:
+        away.setattr(redis, "run", run_no_route)
+        answer = await nodes[0].publish({"type": "users", "value": users})
+        assert answer["outcome"] == "queued"
+    got = await anna.expect("notification")
+    assert got["id"] == answer["notification_id"]
