@@ -398,13 +398,20 @@ class Notifyd(PublishingCalls):
                 await asyncio.sleep(0)
 
     async def stop(self) -> None:
-        """Drain, store what clients had not confirmed, and end what runs in the background."""
+        """Drain, store what clients had not confirmed and what was counted, for
+        `server.shutdown_grace_seconds` at most, and end what runs in the background."""
         await self.drain()
         self._heartbeat.stop()
-        if left := await self._writes.finish(self.settings.server.shutdown_grace_seconds):
+        grace = self.settings.server.shutdown_grace_seconds
+        deadline = asyncio.get_running_loop().time() + grace
+        if left := await self._writes.finish(grace):
             self._log.error("the store did not take what clients had not confirmed", lost=left)
         await self._tasks.aclose()
-        await self.tenants.sync()
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self.tenants.sync()
+        except TimeoutError:
+            self._log.warning("the store did not take what was counted of tenants")
         await self._backends.aclose()
         await self.verifier.aclose()
 
