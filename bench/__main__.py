@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from bench.cluster_scenarios import CLUSTER_SCENARIOS
 from bench.errors import BenchError
 from bench.machine import choose_cores, other_work, versions
 from bench.report import Row, console_line, write_results
@@ -19,7 +20,7 @@ from bench.store_scenarios import STORE_SCENARIOS
 from bench.subjects import DEFAULT_COMMAND
 from bench.trigger_scenarios import TRIGGER_SCENARIOS
 
-SCENARIOS = {**OWN_SCENARIOS, **STORE_SCENARIOS, **TRIGGER_SCENARIOS}
+SCENARIOS = {**OWN_SCENARIOS, **STORE_SCENARIOS, **TRIGGER_SCENARIOS, **CLUSTER_SCENARIOS}
 RESULTS = Path(__file__).parent / "results.md"
 
 

@@ -156,7 +156,7 @@ def _enqueue(bench: Bench, server: Server, publishing: Publishing, each: int, pa
     pace.wall.append(result.answered * each / seconds)
 
 
-def _bare(bench: Bench) -> float:
+def bare_requests(bench: Bench) -> float:
     """Requests a second of the bare Starlette route, which are its CPU's: it never waits."""
     values = []
     with bench.starlette.server() as server:
@@ -202,7 +202,7 @@ def enqueue(bench: Bench) -> Rows:
     """Notifications for users who are away, through the front door, 32 requests in flight: by
     single sends and by batches of a hundred; with Redis and PostgreSQL again when the store holds a
     million entries of fifty thousand users already."""
-    bare = _bare(bench)
+    bare = bare_requests(bench)
     for kind, (single, batched) in BARS.items():
         with _keeping(bench, kind) as kept:
             paces = _paces(bench, kept, single, batched)

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
 import structlog
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -31,6 +32,8 @@ from notifyd.background import BackgroundTasks
 from notifyd.channel_rules import ChannelRules
 from notifyd.client.calls import Call
 from notifyd.client.clients import PublishingCalls
+from notifyd.cluster.nodes import machine_name
+from notifyd.cluster.router import Cluster
 from notifyd.connections.admission import Admission
 from notifyd.connections.connection import State
 from notifyd.connections.heartbeat import Heartbeat
@@ -54,7 +57,7 @@ from notifyd.options import Settings
 from notifyd.queue.base import AckLedger, UserLogs
 from notifyd.server.door import Timeouts
 from notifyd.server.http import Services
-from notifyd.server.serve import Serving
+from notifyd.server.serve import Serving, supervise
 from notifyd.server.serve import serve as serve_sockets
 from notifyd.settings import problems
 from notifyd.tenants import SYNC_SECONDS, TenantLimits, Tenants
@@ -105,8 +108,25 @@ class Notifyd(PublishingCalls):
             settings, self.metrics, clock=clock, on_acknowledged=self._count_ack
         )
         self._logs, self._ledger = self._backends.logs, self._backends.ledger
+        self._registry = Registry(clock)
+        self.cluster = self._make_cluster()
         self._connect_parts(authenticate)
         self._observe()
+
+    def _make_cluster(self) -> Cluster | None:
+        settings, redis = self.settings.cluster, self._backends.redis
+        if not settings.enabled or redis is None:
+            self.metrics.leave_out("cluster")
+            return None
+        return Cluster(
+            redis,
+            self._backends.redis_keys,
+            self._registry,
+            self.metrics,
+            name=settings.node_id,
+            lease_seconds=settings.presence_ttl_seconds,
+            started_at=self._started_at,
+        )
 
     def _connect_parts(self, authenticate: Authenticate | None) -> None:
         settings, clock = self.settings, self._clock
@@ -131,7 +151,6 @@ class Notifyd(PublishingCalls):
         )
         origins = Origins(settings.cors.origins, development=not production)
         admission = Admission(self.verifier, origins, cookie_name=auth.cookie_name)
-        self._registry = Registry(clock)
         self._writes = StoreWrites(
             self._logs,
             self._ledger,
@@ -149,6 +168,7 @@ class Notifyd(PublishingCalls):
             idle_timeout=websocket.idle_timeout,
             clock=clock,
             writes=self._writes,
+            cluster=self.cluster,
         )
         self._replayer = Replayer(
             self._logs,
@@ -198,9 +218,10 @@ class Notifyd(PublishingCalls):
             clock=clock,
             spread=spread,
             spawn=self._tasks.spawn,
+            presence=None if self.cluster is None else self.cluster.presence,
             rate_limits=self._backends.rate_limits,
         )
-        self._writes.on_returned = self.lifecycle.replay_again
+        self._writes.on_returned = self._returned
         dispatcher = Dispatcher(
             self._registry,
             self._flusher,
@@ -211,8 +232,17 @@ class Notifyd(PublishingCalls):
             self.metrics,
             clock,
             store_first=settings.queue.mode == "always",
+            cluster=self.cluster,
             tally=self.tenants.tally if self.tenants.enabled else None,
         )
+        if self.cluster is not None:
+            self.cluster.receiver = dispatcher
+            self.cluster.replay_here = self.lifecycle.replay_again
+            self.cluster.settle_here = self._confirmations.settle_from_elsewhere
+            self.cluster.revoke_here = self.verifier.revoke
+            self.cluster.give_back = lambda tenant, user_id, notification: self._writes.give_back(
+                tenant, user_id, (notification,)
+            )
         self._sources = self._make_sources(dispatcher)
         self.guard = Guard(
             api_keys=ApiKeys(auth, clock=clock),
@@ -254,6 +284,7 @@ class Notifyd(PublishingCalls):
                 metrics_public=settings.metrics.public,
                 queue_backend=settings.queue.backend,
                 stores=self._backends.stores,
+                cluster=self.cluster,
                 phase=lambda: self._phase,
                 clock=clock,
                 started_at=self._started_at,
@@ -281,7 +312,7 @@ class Notifyd(PublishingCalls):
             metrics=self.metrics,
             clock=self._clock,
             tenant_of=self.tenants.of_message,
-            clustered=False,
+            clustered=self.cluster is not None,
             ledger_in_redis=settings.ack.enabled and settings.ack.backend == "redis",
         )
 
@@ -331,6 +362,12 @@ class Notifyd(PublishingCalls):
         if notification.storable:
             self.metrics.queue_dropped_total.inc()
 
+    def _returned(self, tenant: str, user_id: str, *, before_live: bool = False) -> None:
+        """Something is in a user's log that his connections may be without."""
+        self.lifecycle.replay_again(tenant, user_id, before_live=before_live)
+        if self.cluster is not None:
+            self.cluster.replay(tenant, (user_id,), before_live=before_live)
+
     # --- its life ---
 
     @asynccontextmanager
@@ -354,6 +391,8 @@ class Notifyd(PublishingCalls):
         self._backends.on_back(self._store_is_back)
         self._flusher.start(loop)
         self._heartbeat.start(loop)
+        if self.cluster is not None:
+            await self._join(self.cluster)
         if (problem := await self.verifier.prefetch()) is not None:
             self._log.warning("the keys for tokens cannot be had yet", reason=problem)
         if self.tenants.enabled:
@@ -374,6 +413,15 @@ class Notifyd(PublishingCalls):
         if self._sources is not None:
             self._sources.start()
         self._phase = "ready"
+
+    async def _join(self, cluster: Cluster) -> None:
+        try:
+            await cluster.start()
+        except BaseException:
+            self._heartbeat.stop()
+            await self._tasks.aclose()
+            await self._backends.aclose()
+            raise
 
     async def _expire_logs(self, logs: UserLogs) -> None:
         self.metrics.queue_expired_total.inc(await settled(logs.expire()))
@@ -406,11 +454,10 @@ class Notifyd(PublishingCalls):
         deadline = asyncio.get_running_loop().time() + grace
         if left := await self._writes.finish(grace):
             self._log.error("the store did not take what clients had not confirmed", lost=left)
+        if self.cluster is not None:
+            await self.cluster.stop()
         await self._tasks.aclose()
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self.tenants.sync()
-        except TimeoutError:
+        if not await self.tenants.finish(max(0.0, deadline - asyncio.get_running_loop().time())):
             self._log.warning("the store did not take what was counted of tenants")
         await self._backends.aclose()
         await self.verifier.aclose()
@@ -507,11 +554,39 @@ def sockets_of(notifyd: Notifyd, timeouts: Timeouts | None = None) -> Serving:
 
 
 def serve(settings: Settings, *, announce: Callable[[str], None]) -> int:
-    """`notifyd serve`: run until a signal; returns the exit code."""
+    """`notifyd serve`: run until a signal; returns the exit code.
+
+    Raises ConfigurationError where a backend that was chosen cannot be used.
+    """
     configure_logging(settings.log, sys.stderr)
+    if settings.server.workers > 1:
+        # What cannot be is said once, and not by each of the workers.
+        Notifyd(settings)
+        return supervise(partial(partial, _work, settings), settings.server, announce=announce)
+    return _serve(settings, announce)
+
+
+def _serve(settings: Settings, announce: Callable[[str], None], *, share_port: bool = False) -> int:
     return serve_sockets(
         sockets_of(Notifyd(settings)),
         settings.server,
         idle_timeout=settings.websocket.idle_timeout,
         announce=announce,
+        share_port=share_port,
     )
+
+
+def _work(settings: Settings, port: int, number: int, ready: Callable[[], None]) -> int:
+    """One of several workers: a node of the cluster by itself, on the port that they share."""
+    configure_logging(settings.log, sys.stderr)
+    name = f"{settings.cluster.node_id or machine_name()}-{number}"
+    own = msgspec.structs.replace(
+        settings,
+        server=msgspec.structs.replace(settings.server, port=port, workers=1),
+        cluster=msgspec.structs.replace(settings.cluster, node_id=name[-64:]),
+    )
+    try:
+        return _serve(own, lambda url: ready(), share_port=True)
+    except ConfigurationError as error:
+        structlog.get_logger("notifyd").error("a worker cannot start", reason=str(error))
+        return 1

@@ -76,6 +76,12 @@ class Backends:
         for store in ("redis", "postgres"):
             if store not in settings.backends:
                 metrics.leave_out(store)
+        if not settings.redis.trigger_enabled:
+            metrics.leave_out("redis_trigger")
+        if settings.redis.stream_key is None:
+            metrics.leave_out("redis_dead")
+        if not settings.redis.has_sources:
+            metrics.leave_out("redis_bad")
         self.logs = self._make_logs() if settings.queue.enabled else None
         self.ledger = self._make_ledger(on_acknowledged) if settings.ack.enabled else None
         kept_in: Backend = settings.queue.backend if settings.queue.enabled else "memory"

@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", parents=[configured], help="run the server")
     serve.add_argument("--host", help="address to listen on, instead of server.host")
     serve.add_argument("--port", help="port to listen on, instead of server.port")
+    serve.add_argument(
+        "--workers", metavar="N", help="processes on that port, instead of server.workers"
+    )
     serve.set_defaults(run=_serve)
 
     check = commands.add_parser(
@@ -148,7 +151,11 @@ def _json(text: str) -> Any:
 
 
 def _serve(arguments: Arguments, environ: Environment) -> int:
-    flags = {"server.host": arguments.host, "server.port": arguments.port}
+    flags = {
+        "server.host": arguments.host,
+        "server.port": arguments.port,
+        "server.workers": arguments.workers,
+    }
     settings = load_settings(
         arguments.config,
         environ,

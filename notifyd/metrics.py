@@ -41,6 +41,8 @@ CLOSE_REASONS = (
     "idle",  # 4012
     "rate_limited",  # 4029
 )
+DIRECTIONS = ("sent", "received")
+BAD_MESSAGE_REASONS = ("not_msgpack", "shape", "unknown", "payload", "failed")
 LIMITED = ("http", "connection", "message")
 CORRUPT_REASONS = ("not_json", "version", "shape", "template")
 FAILURE_REASONS = ("queue_full", "slow", "unavailable", "too_large")
@@ -387,6 +389,25 @@ class Metrics:
         )
         self.postgres_breaker_state = self._gauge(
             "postgres_breaker_state", "The breaker of PostgreSQL: 0 closed, 1 open, 2 half open."
+        )
+        self.cluster_nodes = self._gauge(
+            "cluster_nodes", "Nodes whose leases hold, this one included."
+        )
+        self.cluster_bus_up = self._gauge(
+            "cluster_bus_up", "Whether this node hears the others (1 or 0)."
+        )
+        self.cluster_messages_total = self._counters(
+            "cluster_messages_total",
+            "Items in messages between nodes, without this node's own echo.",
+            direction=DIRECTIONS,
+        )
+        self.cluster_bad_messages_total = self._counters(
+            "cluster_bad_messages_total",
+            "Messages between nodes that could not be used, by why not.",
+            reason=BAD_MESSAGE_REASONS,
+        )
+        self.cluster_unanswered_total = self._counter(
+            "cluster_unanswered_total", "Times that a node was waited for and did not answer."
         )
         self.http_requests_total = self._counters(
             "http_requests_total",

@@ -96,6 +96,14 @@ class ServerSettings(Section, frozen=True, kw_only=True):
             "and tells callers no internals."
         ),
     ] = "development"
+    workers: Annotated[
+        int,
+        count("processes", 1, 256),
+        says(
+            "Processes on one port, each a node of the cluster: more than one needs "
+            "cluster.enabled, and a system with SO_REUSEPORT."
+        ),
+    ] = 1
     tls_cert: Annotated[
         Text | None,
         says("PEM file of the certificate chain; with tls_key.", example="/etc/notifyd/tls.crt"),
@@ -499,9 +507,10 @@ class RedisSettings(Section, frozen=True, kw_only=True):
         Text,
         ADDRESS,
         says(
-            "Where it is: redis://[[user:]password@]host[:port][/database], rediss:// with TLS, or "
-            "unix:///path. The variable REDIS_URL is read where this is unset; with a password "
-            "easiest as NOTIFYD_REDIS__URL_FILE."
+            "Where it is: redis://[[user:]password@]host[:port][/database], rediss:// with TLS, "
+            "unix:///path, or redis+sentinel://host:port,host:port/master[/database]. The variable "
+            "REDIS_URL is read where this is unset; with a password easiest as "
+            "NOTIFYD_REDIS__URL_FILE."
         ),
     ] = "redis://localhost:6379"
     key_prefix: Annotated[
@@ -540,6 +549,29 @@ class RedisSettings(Section, frozen=True, kw_only=True):
     def has_sources(self) -> bool:
         """Whether notifications come from there."""
         return self.trigger_enabled or self.stream_key is not None
+
+
+class ClusterSettings(Section, frozen=True, kw_only=True):
+    """Several nodes that are one server to their users."""
+
+    enabled: Annotated[
+        bool,
+        says(
+            "Whether this is one of several nodes, which find each other in Redis. The queue must "
+            "be one that they share (redis or postgres), or switched off."
+        ),
+    ] = False
+    node_id: Annotated[
+        Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None,
+        says("What this node is called; unset: by its machine and process.", example="notifyd-1"),
+    ] = None
+    presence_ttl_seconds: Annotated[
+        Seconds,
+        says(
+            "How long the users of a node that is gone without a word still count as connected; "
+            "more than websocket.heartbeat_interval."
+        ),
+    ] = 60
 
 
 class PostgresSettings(Section, frozen=True, kw_only=True):
@@ -648,6 +680,7 @@ class Settings(Section, frozen=True, kw_only=True):
     redis: RedisSettings = RedisSettings()
     breaker: BreakerSettings = BreakerSettings()
     postgres: PostgresSettings = PostgresSettings()
+    cluster: ClusterSettings = ClusterSettings()
     cors: CorsSettings = CorsSettings()
     metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
@@ -666,14 +699,15 @@ class Settings(Section, frozen=True, kw_only=True):
 
     @property
     def backends(self) -> frozenset[Backend]:
-        """The backends that something is kept in, or comes from."""
+        """The backends that something is kept in, or comes from, or that nodes find each other
+        by."""
         chosen: set[Backend] = set()
         if self.queue.enabled:
             chosen.add(self.queue.backend)
         if self.ack.enabled:
             chosen.add(self.ack.backend)
         limits_in_redis = self.ratelimit.enabled and self.ratelimit.backend == "redis"
-        if limits_in_redis or self.redis.has_sources:
+        if limits_in_redis or self.redis.has_sources or self.cluster.enabled:
             chosen.add("redis")
         return frozenset(chosen)
 

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.resources.abc import Traversable
 from typing import Any, NoReturn, TypeVar, cast
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import hiredis
 import msgspec
@@ -29,6 +29,10 @@ from notifyd.resilience import Backoff, BreakerState, CircuitBreaker, Guarded
 
 MAX_UNSENT_BYTES = 64 * 1024 * 1024
 """Bytes that may wait for Redis to read them; beyond, calls are refused."""
+
+SENTINEL_PORT = 26379
+SENTINEL_SECONDS = 0.5
+"""A sentinel that does not answer for so long is passed over."""
 
 _LATE_SECONDS = 0.02
 _CLOSE_SECONDS = 2.0
@@ -74,8 +78,8 @@ class Script:
 
 
 class RedisAddress(msgspec.Struct, frozen=True):
-    """Where a Redis is and how to get in; `path` is a Unix socket's and stands for host and
-    port."""
+    """Where a Redis is and how to get in; `path` is a Unix socket's and stands for host and port,
+    and so do `sentinels`, who know where `master` is."""
 
     host: str = "localhost"
     port: int = 6379
@@ -85,16 +89,21 @@ class RedisAddress(msgspec.Struct, frozen=True):
     database: int = 0
     tls: bool = False
     ca_file: str | None = None
+    sentinels: tuple[tuple[str, int], ...] = ()
+    master: str = ""
 
     @classmethod
     def parse(cls, url: str) -> RedisAddress:
         """`redis://[[user]:password@]host[:port][/database]`, `rediss://` for TLS (`?ssl_ca_certs=`
-        names a file of authorities), `unix://[user:password@]/path[?db=0]`.
+        names a file of authorities), `unix://[user:password@]/path[?db=0]`,
+        `redis+sentinel://[[user]:password@]host[:port],host[:port]/master[/database]`.
 
         Raises ConfigurationError, which never quotes the URL: there may be a password in it.
         """
         try:
             parts = urlsplit(url)
+            if parts.scheme == "redis+sentinel":
+                return cls._behind_sentinels(parts)
             options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
             database = options.pop("db", "0")
             if parts.scheme in ("redis", "rediss") and parts.path.strip("/"):
@@ -112,10 +121,68 @@ class RedisAddress(msgspec.Struct, frozen=True):
         except ValueError as error:
             raise ConfigurationError("redis.url: this is not a URL of a Redis.") from error
         if parts.scheme not in ("redis", "rediss", "unix") or address.path == "":
-            raise ConfigurationError("redis.url: must begin with redis://, rediss:// or unix:///.")
+            raise ConfigurationError(
+                "redis.url: must begin with redis://, rediss://, unix:/// or redis+sentinel://."
+            )
         if options:
             raise ConfigurationError(f"redis.url: unknown option {min(options)!r}.")
         return address
+
+    @classmethod
+    def _behind_sentinels(cls, parts: SplitResult) -> RedisAddress:
+        """Raises ValueError."""
+        whom, _, hosts = parts.netloc.rpartition("@")
+        user, _, password = whom.partition(":")
+        sentinels = []
+        for each in hosts.split(","):
+            one = urlsplit(f"//{each}")
+            if not one.hostname:
+                raise ValueError("a sentinel without a host")
+            sentinels.append((one.hostname, one.port or SENTINEL_PORT))
+        master, _, database = parts.path.strip("/").partition("/")
+        if not master or parts.query:
+            raise ValueError("no name of a master, or options")
+        return cls(
+            username=unquote(user) or None,
+            password=unquote(password) or None,
+            database=int(database or "0"),
+            sentinels=tuple(sentinels),
+            master=unquote(master),
+        )
+
+    async def located(self) -> tuple[str, int]:
+        """Host and port, as the sentinels say now. Raises OSError where none of them knows."""
+        for host, port in self.sentinels:
+            try:
+                async with asyncio.timeout(SENTINEL_SECONDS):
+                    found = await _ask_sentinel(host, port, self.master)
+            except (OSError, TimeoutError):
+                continue
+            if found is not None:
+                return found
+        if self.sentinels:
+            raise ConnectionError("no sentinel knows the master")
+        return self.host, self.port
+
+
+async def _ask_sentinel(host: str, port: int, master: str) -> tuple[str, int] | None:
+    """Where the master of this name is, None where this sentinel does not know it."""
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        writer.write(pack(("SENTINEL", "GET-MASTER-ADDR-BY-NAME", master)))
+        parser = hiredis.Reader()
+        while (answer := parser.gets()) is False:
+            data = await reader.read(4096)
+            if not data:
+                raise ConnectionResetError("the sentinel closed the connection")
+            parser.feed(data)
+    except hiredis.ProtocolError as error:
+        raise ConnectionError(f"not an answer of a sentinel: {error}") from error
+    finally:
+        writer.transport.abort()
+    if not isinstance(answer, list) or len(answer) != 2:
+        return None
+    return answer[0].decode(), int(answer[1])
 
 
 class _Call:
@@ -267,6 +334,11 @@ class Redis:
         self._good_period: int | None = None
         self._was_up = False
         self._closed = False
+
+    @property
+    def database(self) -> int:
+        """The number of the database, which pub/sub knows nothing of."""
+        return self._address.database
 
     # --- calls ---
 
@@ -472,7 +544,8 @@ class Redis:
         if address.path is not None:
             return (await loop.create_unix_connection(make, address.path))[1]
         tls = ssl.create_default_context(cafile=address.ca_file) if address.tls else None
-        return (await loop.create_connection(make, address.host, address.port, ssl=tls))[1]
+        host, port = await address.located()
+        return (await loop.create_connection(make, host, port, ssl=tls))[1]
 
     def greeting(self) -> list[bytes]:
         """The commands that a new connection begins with, packed; each has one answer."""

@@ -12,6 +12,7 @@ import ipaddress
 import json
 import os
 import re
+import socket
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -123,6 +124,7 @@ def problems(settings: Settings) -> list[str]:
     found = [
         *_limits(settings),
         *_stores(settings),
+        *_cluster(settings),
         *_server(settings.server),
         *_secrets(settings.auth),
         *_public_keys(settings.auth, production=settings.production),
@@ -540,8 +542,34 @@ def _stores(settings: Settings) -> Iterator[str]:
         yield from _postgres_url(postgres.url)
 
 
+def _cluster(settings: Settings) -> Iterator[str]:
+    cluster, queue, server = settings.cluster, settings.queue, settings.server
+    if server.workers > 1 and not cluster.enabled:
+        yield (
+            f"server.workers: {server.workers} processes are nodes of a cluster; set "
+            "cluster.enabled to true, with a Redis in redis.url, or server.workers to 1"
+        )
+    if server.workers > 1 and not hasattr(socket, "SO_REUSEPORT"):
+        yield "server.workers: this system has no SO_REUSEPORT; set it to 1"
+    if not cluster.enabled:
+        return
+    if queue.enabled and queue.backend == "memory":
+        yield (
+            'queue.backend: "memory" is not shared by the nodes of a cluster; set it to "redis" or '
+            '"postgres", or queue.enabled to false'
+        )
+    if cluster.presence_ttl_seconds <= settings.websocket.heartbeat_interval:
+        yield (
+            f"cluster.presence_ttl_seconds: {cluster.presence_ttl_seconds:g} s must be more than "
+            f"websocket.heartbeat_interval ({settings.websocket.heartbeat_interval:g} s)"
+        )
+
+
 def _redis_url(text: str) -> Iterator[str]:
     said = f"redis.url: {shown_address(text)}"
+    if text.startswith("redis+sentinel://"):
+        # Several hosts are no URL of RFC 3986: the client, who reads it, says what is wrong.
+        return
     url = _parts(text)
     if url is None or url.scheme not in {"redis", "rediss", "unix"}:
         yield f"{said} is no URL of a Redis; write it as redis://localhost:6379"

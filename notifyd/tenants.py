@@ -8,6 +8,7 @@ that is bound to one, or by the X-Tenant-ID of a key that is not.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -439,6 +440,15 @@ class Tenants:
         except Unavailable:
             # The store's own client logs that, once for all who use it.
             return
+
+    async def finish(self, seconds: float) -> bool:
+        """Store what was counted last, in so many seconds; whether there is nothing left."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._flush()
+        except (TimeoutError, Unavailable):
+            return False
+        return True
 
 
 _RULE = f"1 to {names.MAX_TENANT_ID} letters, digits, dots, - or _"

@@ -16,7 +16,7 @@ import uvloop
 from tests.front_door import Host, Lane, Transport, running
 from tests.stores import PostgresServer, RedisServer, schema, serving
 
-SOCKETS = ("server", "adversity")
+SOCKETS = ("server", "adversity", "cluster")
 
 
 def pytest_asyncio_loop_factories(

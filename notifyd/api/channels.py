@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from notifyd.api.guard import Description, Endpoint, Guard, Request
+from notifyd.api.others import ChannelFound, NodeFigures, Others
 from notifyd.connections.registry import Registry
 from notifyd.errors import NotFound
+from notifyd.eventually import Eventually, then
 from notifyd.identifiers import timestamp_text
 from notifyd.names import channel_name
 
@@ -39,10 +42,11 @@ class ChannelDetails(msgspec.Struct, gc=False):
 
 
 class Channels:
-    """The handlers of /api/v1/channels."""
+    """The handlers of /api/v1/channels. `others` is None where this is the only node."""
 
-    def __init__(self, guard: Guard, registry: Registry) -> None:
+    def __init__(self, guard: Guard, registry: Registry, others: Others | None = None) -> None:
         self._guard = guard
+        self._others = others
         self._registry = registry
 
     def endpoints(self) -> list[Endpoint]:
@@ -66,20 +70,39 @@ class Channels:
             ),
         ]
 
-    def all(self, request: Request) -> ChannelsList:
+    def all(self, request: Request) -> Eventually[ChannelsList]:
         """GET /api/v1/channels."""
         channels = self._registry.tenant(request.tenant).channels
-        items = [
-            ChannelItem(name, len(channel.connections))
-            for name, channel in sorted(channels.items())
-        ]
-        return ChannelsList(items, len(items))
+        counts = Counter({name: len(channel.connections) for name, channel in channels.items()})
 
-    def one(self, request: Request) -> ChannelDetails:
+        def answer(figures: dict[str, NodeFigures]) -> ChannelsList:
+            for node in figures.values():
+                counts.update(node.channels)
+            items = [ChannelItem(name, count) for name, count in sorted(counts.items())]
+            return ChannelsList(items, len(items))
+
+        elsewhere: Eventually[dict[str, NodeFigures]] = {}
+        if self._others is not None:
+            elsewhere = self._others.figures(request.tenant)
+        return then(elsewhere, answer)
+
+    def one(self, request: Request) -> Eventually[ChannelDetails]:
         """GET /api/v1/channels/{name}."""
         name = channel_name(request.path_params["name"], "name")
         channel = self._registry.tenant(request.tenant).channels.get(name)
-        if channel is None:
-            raise NotFound("Nobody is subscribed to this channel.")
-        created_at = timestamp_text(channel.created_at)
-        return ChannelDetails(name, len(channel.connections), created_at)
+        found = []
+        if channel is not None:
+            found.append(ChannelFound(len(channel.connections), channel.created_at))
+
+        def answer(elsewhere: list[ChannelFound]) -> ChannelDetails:
+            everywhere = found + elsewhere
+            if not everywhere:
+                raise NotFound("Nobody is subscribed to this channel.")
+            created_at = timestamp_text(min(each.created_at for each in everywhere))
+            subscribers = sum(each.subscribers for each in everywhere)
+            return ChannelDetails(name, subscribers, created_at)
+
+        elsewhere: Eventually[list[ChannelFound]] = []
+        if self._others is not None:
+            elsewhere = self._others.channel(request.tenant, name)
+        return then(elsewhere, answer)

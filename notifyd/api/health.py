@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from notifyd.api.guard import Answer, Description, Endpoint, Guard, Request
+from notifyd.api.others import Others
 from notifyd.api.stats import QueueFigures, Stats, StoreFigures
 from notifyd.errors import ShuttingDown, Unavailable
 from notifyd.eventually import Eventually, then
@@ -34,16 +35,19 @@ class QueueHealth(msgspec.Struct, gc=False):
     total_messages: int | None
 
 
-class ClusterHealth(msgspec.Struct, gc=False):
-    """Whether this is one of several nodes."""
+class ClusterHealth(msgspec.Struct, gc=False, omit_defaults=True):
+    """Whether this is one of several nodes; `degraded` where it does not hear the others."""
 
     enabled: bool
+    status: Literal["healthy", "degraded"] | None = None
+    node_id: str | None = None
+    nodes: int | None = None
 
 
 class Health(msgspec.Struct, gc=False, omit_defaults=True):
     """How the server does; all but the first three for callers who may read.
 
-    `degraded`: it starts or ends, or a store does not answer.
+    `degraded`: it starts or ends, a store does not answer, or the other nodes are not heard.
     """
 
     status: Literal["healthy", "degraded"]
@@ -145,7 +149,9 @@ class Operations:
 
     def health(self, request: Request) -> Eventually[Health]:
         """GET /health."""
+        others = self._stats.others
         well = self._phase() == "ready" and not self._stats.stores.down()
+        well = well and (others is None or others.well)
         status: Literal["healthy", "degraded"] = "healthy" if well else "degraded"
         uptime = max(0, int(self._clock() - self._started_at))
         reader = self._guard.reader(request)
@@ -163,7 +169,7 @@ class Operations:
                     connections.total, connections.unique_users, connections.channels
                 ),
                 queue=QueueHealth(queue.enabled, queue.backend, queue.total_messages),
-                cluster=ClusterHealth(enabled=False),
+                cluster=_cluster_health(others),
                 **self._stats.stores.figures(),
             )
 
@@ -193,3 +199,10 @@ class Operations:
     def _rendered(self, _: None) -> Answer:
         body = self._metrics.render()
         return Answer(200, body, content_type=self._metrics.content_type.encode())
+
+
+def _cluster_health(others: Others | None) -> ClusterHealth:
+    if others is None:
+        return ClusterHealth(enabled=False)
+    status: Literal["healthy", "degraded"] = "healthy" if others.well else "degraded"
+    return ClusterHealth(True, status, others.node_id, len(others.nodes()))

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from notifyd.api.acks import Acks
 from notifyd.api.channels import Channels
+from notifyd.api.cluster import ClusterStatusApi
 from notifyd.api.demo import Demo
 from notifyd.api.guard import (
     SMALL_BODY_BYTES,
@@ -27,11 +28,13 @@ from notifyd.api.guard import (
 from notifyd.api.health import Operations, Phase
 from notifyd.api.notifications import Publishing
 from notifyd.api.openapi import openapi_endpoint
+from notifyd.api.others import Others
 from notifyd.api.stats import NO_STORES, Stats, Stores
 from notifyd.api.templates import Templates
 from notifyd.api.tenants import TenantApi
 from notifyd.api.users import Users
 from notifyd.auth import TokenVerifier
+from notifyd.cluster.router import Cluster
 from notifyd.connections.lifecycle import Lifecycle
 from notifyd.connections.registry import Registry
 from notifyd.dispatch.confirmation import Confirmations
@@ -54,7 +57,8 @@ _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 class Services:
     """What the handlers work with, made by the composition root.
 
-    `logs` and `ledger` are None where they are switched off, `demo` but in development. `clock`
+    `logs` and `ledger` are None where they are switched off, `demo` but in development, `cluster`
+    where this is the only node. `clock`
     gives Unix seconds, as `started_at`; `new_id` a UUID's text; `phase` where the server stands in
     its life.
     """
@@ -74,6 +78,7 @@ class Services:
     metrics_public: bool
     queue_backend: str
     stores: Stores = NO_STORES
+    cluster: Cluster | None = None
     phase: Callable[[], Phase]
     clock: Callable[[], float]
     started_at: float
@@ -92,18 +97,30 @@ def build_endpoints(services: Services) -> list[Endpoint]:
         queue_backend=services.queue_backend,
         stores=services.stores,
     )
+    others = None
+    if services.cluster is not None:
+        others = Others(
+            services.cluster, services.registry, services.lifecycle, counted=stats.counted
+        )
+        stats.others = others
     endpoints = [
         *Publishing(
             guard, services.dispatcher, services.templates, clock=clock, new_id=services.new_id
         ).endpoints(),
-        *Channels(guard, services.registry).endpoints(),
+        *Channels(guard, services.registry, others).endpoints(),
         *Users(
-            guard, services.registry, services.lifecycle, services.verifier, clock=clock
+            guard,
+            services.registry,
+            services.lifecycle,
+            services.verifier,
+            clock=clock,
+            others=others,
         ).endpoints(),
         *Templates(guard, services.templates, clock=clock).endpoints(),
         *Acks(guard, services.confirmations, services.ledger).endpoints(),
         *TenantApi(guard, services.registry).endpoints(),
         *stats.endpoints(),
+        *ClusterStatusApi(guard, services.registry, others).endpoints(),
         *Operations(
             guard,
             stats,

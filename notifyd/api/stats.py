@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter as CountPerName
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Literal, Protocol, TypeVar
 
 import msgspec
 
 from notifyd.api.guard import Description, Endpoint, Guard, Request
+from notifyd.api.others import NodeFigures, Others
 from notifyd.connections.registry import Registry
 from notifyd.errors import Forbidden, Unavailable
 from notifyd.eventually import Eventually, is_awaitable, settled, then
@@ -167,6 +169,8 @@ class Stats:
         stores: Stores,
     ) -> None:
         self.stores = stores
+        self.others: Others | None = None
+        """The other nodes of the cluster; None where this is the only one."""
         self._guard = guard
         self._registry = registry
         self._metrics = metrics
@@ -247,21 +251,37 @@ class Stats:
     def all(self, request: Request) -> Eventually[Figures]:
         """GET /stats and GET /api/v1/stats."""
         if self.bound(request.principal):
+            hidden = self.queue(hidden=True)
+            if self.others is not None:
+                return self._bound_later(request, hidden, self.others)
             return then(
-                self.queue(hidden=True),
-                lambda queue: self._figures(request, queue, None, notifications=None),
+                hidden, lambda queue: self._figures(request, queue, None, notifications=None)
             )
         queue, acks = self.queue(), or_none(partial(self.acks, request))
-        if is_awaitable(queue) or is_awaitable(acks):
+        if self.others is not None or is_awaitable(queue) or is_awaitable(acks):
             return self._all_later(request, queue, acks)
         return self._figures(request, queue, acks, notifications=self._notifications())
 
     async def _all_later(
         self, request: Request, queue: Eventually[QueueFigures], acks: Eventually[AckFigures | None]
     ) -> Figures:
-        return self._figures(
+        figures = self._figures(
             request, await settled(queue), await settled(acks), notifications=self._notifications()
         )
+        if self.others is not None:
+            await self._add_others(self.others, request.tenant, figures)
+        return figures
+
+    async def _bound_later(
+        self, request: Request, queue: Eventually[QueueFigures], others: Others
+    ) -> Figures:
+        figures = self._figures(request, await settled(queue), None, notifications=None)
+        await self._add_others(others, request.tenant, figures)
+        return figures
+
+    async def _add_others(self, others: Others, tenant: str, figures: Figures) -> None:
+        elsewhere = await others.figures(tenant)
+        _add_others(figures, list(elsewhere.values()), await others.users(tenant))
 
     def _figures(
         self,
@@ -300,6 +320,10 @@ class Stats:
         if (figures := await settled(stats)) is not None:
             self._metrics.ack_pending.set(figures.pending)
 
+    def counted(self) -> dict[str, int]:
+        """What this node counted since its start, by the names of `NotificationFigures`."""
+        return msgspec.structs.asdict(self._notifications())
+
     def _notifications(self) -> NotificationFigures:
         metrics = self._metrics
         sent = {
@@ -314,6 +338,28 @@ class Stats:
             sent["broadcast"],
             sent["channel"] + sent["channels"],
         )
+
+
+def _add_others(figures: Figures, others: Sequence[NodeFigures], users: int | None) -> None:
+    """Make one node's figures those of the cluster. `users`: those on any node, each once."""
+    connections = figures.connections
+    channels = CountPerName(connections.channels)
+    for node in others:
+        connections.websocket += node.websocket
+        connections.sse += node.sse
+        connections.unique_users += node.users
+        channels.update(node.channels)
+        for name, count in node.counted.items():
+            # A node of another version may count what this one does not know.
+            if figures.notifications is not None and name in NotificationFigures.__struct_fields__:
+                setattr(figures.notifications, name, getattr(figures.notifications, name) + count)
+    connections.total_connections = connections.websocket + connections.sse
+    connections.channels = dict(channels)
+    if users is not None:
+        connections.unique_users = users
+    figures.users.connected = connections.unique_users
+    figures.channels.active = len(channels)
+    figures.channels.subscriptions = channels.total()
 
 
 def _sum(counters: Iterable[Counter]) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -12,11 +12,14 @@ from notifyd.api.channels import Time
 from notifyd.api.decoding import Decoder
 from notifyd.api.guard import Answer, Description, Endpoint, Guard, Request, encode
 from notifyd.api.notifications import MAX_CHANNELS, UserId, checked_names
+from notifyd.api.others import Device as FoundDevice
+from notifyd.api.others import Others, device_of
 from notifyd.auth import TokenVerifier
-from notifyd.connections.connection import Connection, Transport
+from notifyd.connections.connection import Connection
 from notifyd.connections.lifecycle import Lifecycle
 from notifyd.connections.registry import Registry
 from notifyd.errors import Forbidden, NotFound
+from notifyd.eventually import Eventually, then
 from notifyd.identifiers import canonical_uuid, timestamp_text
 from notifyd.names import channel_name, user_id
 from notifyd.wire import second_text
@@ -37,7 +40,7 @@ class Device(msgspec.Struct, gc=False):
     """One connection; `address` and `user_agent` as far as known."""
 
     id: str
-    transport: Transport
+    transport: Literal["websocket", "sse"]
     address: str
     user_agent: str
     since: Time
@@ -112,7 +115,9 @@ class Token(msgspec.Struct, gc=False):
 
 
 class Users:
-    """The handlers of users, connections, presence and tokens. `clock` gives Unix seconds."""
+    """The handlers of users, connections, presence and tokens. `clock` gives Unix seconds, `others`
+    is None where this is the only node.
+    """
 
     def __init__(
         self,
@@ -122,8 +127,10 @@ class Users:
         verifier: TokenVerifier,
         *,
         clock: Callable[[], float],
+        others: Others | None = None,
     ) -> None:
         self._guard = guard
+        self._others = others
         self._registry = registry
         self._lifecycle = lifecycle
         self._verifier = verifier
@@ -221,74 +228,152 @@ class Users:
     def _of(self, request: Request, name: str) -> tuple[Connection, ...]:
         return self._registry.tenant(request.tenant).of_user(name)
 
-    def subscriptions(self, request: Request) -> UserSubscriptions:
+    def _devices(self, tenant: str, name: str) -> Eventually[list[FoundDevice]]:
+        """A user's connections on all nodes, oldest first."""
+        here = [device_of(each) for each in self._registry.tenant(tenant).of_user(name)]
+        return here if self._others is None else _with_others(here, self._others, tenant, name)
+
+    def subscriptions(self, request: Request) -> Eventually[UserSubscriptions]:
         """GET /api/v1/users/{id}/subscriptions."""
         name = user_id(request.path_params["id"], "id")
-        connections = self._of(request, name)
-        if not connections:
-            raise NotFound("This user is not connected.")
-        channels = {channel for connection in connections for channel in connection.subscriptions}
-        return UserSubscriptions(name, len(connections), sorted(channels))
 
-    def connections(self, request: Request) -> UserConnections:
+        def answer(devices: list[FoundDevice]) -> UserSubscriptions:
+            if not devices:
+                raise NotFound("This user is not connected.")
+            channels = {channel for device in devices for channel in device.subscriptions}
+            return UserSubscriptions(name, len(devices), sorted(channels))
+
+        return then(self._devices(request.tenant, name), answer)
+
+    def connections(self, request: Request) -> Eventually[UserConnections]:
         """GET /api/v1/users/{id}/connections."""
         name = user_id(request.path_params["id"], "id")
-        devices = [
-            Device(
-                connection.id,
-                connection.transport,
-                connection.address,
-                connection.user_agent,
-                timestamp_text(connection.opened_at),
-                timestamp_text(connection.last_heard),
-            )
-            for connection in self._of(request, name)
-        ]
-        return UserConnections(name, devices)
 
-    def disconnect_user(self, request: Request) -> Disconnected:
+        def answer(devices: list[FoundDevice]) -> UserConnections:
+            return UserConnections(
+                name,
+                [
+                    Device(
+                        device.id,
+                        device.transport,
+                        device.address,
+                        device.user_agent,
+                        timestamp_text(device.since),
+                        timestamp_text(device.last_heard),
+                    )
+                    for device in devices
+                ],
+            )
+
+        return then(self._devices(request.tenant, name), answer)
+
+    def disconnect_user(self, request: Request) -> Eventually[Disconnected]:
         """POST /api/v1/users/{id}/disconnect; the body may be left out."""
         name = user_id(request.path_params["id"], "id")
         body = self._disconnect_body(request.body or b"{}")
+        at = self._clock()
         if body.revoke:
             # Before the connections close: their clients come back at once, with the same token.
-            self._verifier.revoke(request.tenant, name, self._clock())
+            self._verifier.revoke(request.tenant, name, at)
         connections = self._of(request, name)
-        for connection in connections:
-            self._lifecycle.disconnect(connection, body.reason)
-        return Disconnected(name, len(connections), body.revoke)
+        if self._others is None:
+            for connection in connections:
+                self._lifecycle.disconnect(connection, body.reason)
+            return Disconnected(name, len(connections), body.revoke)
+        return self._disconnect_everywhere(self._others, request.tenant, name, body, at)
 
-    def disconnect(self, request: Request) -> None:
+    async def _disconnect_everywhere(
+        self, others: Others, tenant: str, name: str, body: DisconnectBody, at: float
+    ) -> Disconnected:
+        try:
+            if body.revoke:
+                await others.revoke(tenant, name, at)
+        finally:
+            # What is here goes, whether the others can be told or not.
+            connections = self._registry.tenant(tenant).of_user(name)
+            for connection in connections:
+                self._lifecycle.disconnect(connection, body.reason)
+        elsewhere = await others.disconnect_user(tenant, name, body.reason)
+        return Disconnected(name, len(connections) + elsewhere, body.revoke)
+
+    def disconnect(self, request: Request) -> Eventually[None]:
         """DELETE /api/v1/connections/{id}; the body may be left out."""
         id = canonical_uuid(request.path_params["id"])
         body = self._disconnect_body(request.body or b"{}")
         connection = self._registry.tenant(request.tenant).connections.get(id)
+        if self._others is not None:
+            return self._disconnect_anywhere(self._others, request.tenant, id, body, connection)
         if connection is None:
             raise NotFound("There is no connection of this id.")
         if body.revoke:
             self._verifier.revoke(request.tenant, connection.identity.user_id, self._clock())
         self._lifecycle.disconnect(connection, body.reason)
+        return None
 
-    def subscribe(self, request: Request) -> SubscriptionChange:
+    async def _disconnect_anywhere(
+        self,
+        others: Others,
+        tenant: str,
+        id: str,
+        body: DisconnectBody,
+        connection: Connection | None,
+    ) -> None:
+        owner: str | None
+        if connection is not None:
+            owner = connection.identity.user_id
+        else:
+            owner = await others.owner(tenant, id)
+        if owner is None:
+            raise NotFound("There is no connection of this id.")
+        try:
+            if body.revoke:
+                at = self._clock()
+                self._verifier.revoke(tenant, owner, at)
+                await others.revoke(tenant, owner, at)
+        finally:
+            if connection is not None:
+                self._lifecycle.disconnect(connection, body.reason)
+        if connection is None:
+            await others.disconnect(tenant, id, body.reason)
+
+    def subscribe(self, request: Request) -> Eventually[SubscriptionChange]:
         """POST /api/v1/users/{id}/subscribe."""
         name, channels = self._named(request)
+        if self._others is not None:
+            return self._subscribe_everywhere(self._others, request.tenant, name, channels)
         changed = self._lifecycle.subscribe_user(request.tenant, name, channels)
         return SubscriptionChange(name, list(channels), changed)
 
-    def unsubscribe(self, request: Request) -> SubscriptionChange:
+    async def _subscribe_everywhere(
+        self, others: Others, tenant: str, name: str, channels: tuple[str, ...]
+    ) -> SubscriptionChange:
+        self._lifecycle.check_user_subscriptions(tenant, name, channels)
+        await others.check_room(tenant, name, channels)
+        changed = self._lifecycle.subscribe_user(tenant, name, channels)
+        changed += await others.change("subscribe", tenant, name, channels)
+        return SubscriptionChange(name, list(channels), changed)
+
+    def unsubscribe(self, request: Request) -> Eventually[SubscriptionChange]:
         """POST /api/v1/users/{id}/unsubscribe."""
         name, channels = self._named(request)
         changed = self._lifecycle.unsubscribe_user(request.tenant, name, channels)
-        return SubscriptionChange(name, list(channels), changed)
+        elsewhere: Eventually[int] = 0
+        if self._others is not None:
+            elsewhere = self._others.change("unsubscribe", request.tenant, name, channels)
+        return then(
+            elsewhere, lambda more: SubscriptionChange(name, list(channels), changed + more)
+        )
 
     def _named(self, request: Request) -> tuple[str, tuple[str, ...]]:
         name = user_id(request.path_params["id"], "id")
         body = self._subscription_body(request.body)
         return name, checked_names(body.channels, channel_name, "channels")
 
-    def presence(self, request: Request) -> Presence:
+    def presence(self, request: Request) -> Eventually[Presence]:
         """POST /api/v1/presence."""
         names = checked_names(self._presence_body(request.body).user_ids, user_id, "user_ids")
+        if self._others is not None:
+            return _presence_everywhere(self._others, request.tenant, names)
         return Presence({name: len(found) for name in names if (found := self._of(request, name))})
 
     def token(self, request: Request) -> Answer:
@@ -313,3 +398,14 @@ class Users:
         # A credential must not stay in a cache on the way (RFC 9111, section 5.2.2.5).
         headers = ((b"cache-control", b"no-store"),)
         return Answer(200, encode(Token(token, second_text(expires_at))), headers)
+
+
+async def _with_others(
+    here: list[FoundDevice], others: Others, tenant: str, name: str
+) -> list[FoundDevice]:
+    return sorted([*here, *await others.devices(tenant, name)], key=lambda device: device.since)
+
+
+async def _presence_everywhere(others: Others, tenant: str, names: Sequence[str]) -> Presence:
+    found = await others.find(tenant, names)
+    return Presence({name: sum(found[name].values()) for name in names if name in found})

@@ -33,10 +33,10 @@ class Held:
 
     `connections` are those that took it. `stored`: the user's log has it for sure, so that nothing
     needs to go back there; `in_log`: it has it or may have it, so that a confirmation must settle
-    it there; `since` in Unix seconds.
+    it there; `shared`: nodes elsewhere may hold it for the same user; `since` in Unix seconds.
     """
 
-    __slots__ = ("connections", "in_log", "notification", "settled", "since", "stored")
+    __slots__ = ("connections", "in_log", "notification", "settled", "shared", "since", "stored")
 
     def __init__(
         self,
@@ -46,6 +46,7 @@ class Held:
         *,
         stored: bool = False,
         in_log: bool = False,
+        shared: bool = False,
     ) -> None:
         self.notification = notification
         self.connections = connections
@@ -53,6 +54,7 @@ class Held:
         self.stored = stored
         self.in_log = in_log or stored
         self.settled = False
+        self.shared = shared
 
 
 class Connection:

@@ -14,6 +14,7 @@ import structlog
 
 from notifyd import wire
 from notifyd.channel_rules import ChannelRules
+from notifyd.cluster.presence import Presence
 from notifyd.connections.admission import Admission, Handshake
 from notifyd.connections.connection import Connection, State
 from notifyd.connections.heartbeat import Heartbeat
@@ -113,6 +114,7 @@ class Lifecycle:
         clock: Callable[[], float],
         spread: Callable[[float, float], float],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
+        presence: Presence | None = None,
         rate_limits: RateLimits | None = None,
     ) -> None:
         self.registry = registry
@@ -128,6 +130,7 @@ class Lifecycle:
         self._clock = clock
         self._spread = spread
         self._spawn = spawn
+        self._presence = presence
         self._rate_limits = rate_limits
         self._log = structlog.get_logger("notifyd.connections")
         self.draining = False
@@ -279,6 +282,9 @@ class Lifecycle:
         # Presence first, then the queue is read: what is published from here on waits behind the
         # replay.
         self.registry.add(connection)
+        known = None
+        if self._presence is not None:
+            known = self._presence.came(identity.tenant, identity.user_id)
         self._heartbeat.add(connection)
         self._metrics.connections_opened_total.labels(connection.transport).inc()
         if connection.transport == "sse":
@@ -293,7 +299,7 @@ class Lifecycle:
                 subscriptions=granted,
             )
         )
-        self._replayer.start(connection)
+        self._replayer.start(connection, known)
         if channels:
             self._subscribe_asked(connection, channels)
 
@@ -582,15 +588,7 @@ class Lifecycle:
         They are told; returns how many connections changed. Raises ValidationError where one has no
         room for them all, and then changes nothing.
         """
-        connections = self.registry.tenant(tenant).of_user(user_id)
-        most = self._limits.of_tenant(tenant).max_subscriptions_per_connection
-        for connection in connections:
-            if len({*connection.subscriptions, *channels}) > most:
-                raise ValidationError(
-                    f"A connection of this user would have more than {most} subscriptions.",
-                    field="channels",
-                    constraint=f"at most {most} subscriptions per connection",
-                )
+        connections = self.check_user_subscriptions(tenant, user_id, channels)
         changed = 0
         for connection in connections:
             new = [
@@ -602,6 +600,22 @@ class Lifecycle:
                 changed += 1
                 connection.offer(wire.names_message("subscribed", new))
         return changed
+
+    def check_user_subscriptions(
+        self, tenant: str, user_id: str, channels: Sequence[str]
+    ) -> Sequence[Connection]:
+        """The user's connections; raises ValidationError where one has no room for these
+        channels."""
+        connections = self.registry.tenant(tenant).of_user(user_id)
+        most = self._limits.of_tenant(tenant).max_subscriptions_per_connection
+        for connection in connections:
+            if len({*connection.subscriptions, *channels}) > most:
+                raise ValidationError(
+                    f"A connection of this user would have more than {most} subscriptions.",
+                    field="channels",
+                    constraint=f"at most {most} subscriptions per connection",
+                )
+        return connections
 
     def unsubscribe_user(self, tenant: str, user_id: str, channels: Sequence[str]) -> int:
         """Unsubscribe a user's live connections; they are told; returns how many changed."""
@@ -724,6 +738,8 @@ class Lifecycle:
             self._stop_waiting(connection)
             return
         self.registry.remove(connection)
+        if self._presence is not None:
+            self._presence.went(connection.identity.tenant, connection.identity.user_id)
         self._heartbeat.discard(connection)
         self._replayer.forget(connection)
         self._confirmations.release(connection)

@@ -114,6 +114,12 @@ class Registry:
         """Users with at least one connection, over all tenants."""
         return sum(len(tenant.users) for tenant in self.tenants.values())
 
+    def user_keys(self) -> Iterator[tuple[str, str]]:
+        """Tenant and user id of each of them."""
+        for tenant in self.tenants.values():
+            for user_id in tenant.users:
+                yield tenant.name, user_id
+
     @property
     def channels(self) -> int:
         """Channels with at least one subscriber, over all tenants."""

@@ -110,10 +110,15 @@ class Replayer:
         self._told: dict[Connection, Overflow] = {}
         self._readers = _Readers()
 
-    def start(self, connection: Connection) -> None:
+    def start(self, connection: Connection, known: Awaitable[None] | None = None) -> None:
         """Replay before anything live. What fits into one page of a store that answers at once is
-        written without a task."""
+        written without a task. `known`: done when the other nodes can find the user here, which
+        comes before his log is read."""
         connection.outbox.hold_back()
+        if known is not None:
+            self._begin(connection)
+            self._spawn(self._replay_known(connection, known))
+            return
         first: Eventually[Page] | None = None
         already = 0
         if self._readers.enter_at_once():
@@ -169,6 +174,15 @@ class Replayer:
             lambda error: _UNAVAILABLE,
         )
         return _within(STORE_SECONDS, page) if is_awaitable(page) else page
+
+    async def _replay_known(self, connection: Connection, known: Awaitable[None]) -> None:
+        try:
+            async with asyncio.timeout(STORE_SECONDS):
+                await asyncio.shield(known)
+        except TimeoutError:
+            # Redis hangs. What others put into the log meanwhile is looked for when it is back.
+            self._do_without_store(connection)
+        await self._replay(connection, None, 0)
 
     def store_is_back(self) -> None:
         """Replay to those who connected, or were in the middle of it, while the store was away; who
@@ -341,6 +355,10 @@ class Replayer:
         if known is not None and notification.id in known:
             return False
         identity = connection.identity
+        if self._confirmations.was_confirmed(identity.tenant, identity.user_id, notification.id):
+            # Another node put it into the log without knowing that.
+            self._writes.settle(identity.tenant, identity.user_id, (notification.id,))
+            return False
         if self._writes.is_unsettled(identity.tenant, identity.user_id, notification.id):
             return False
         if self._confirmations.was_settled(connection, notification.id):

@@ -11,16 +11,18 @@ by `idle_timeout` (SSE).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 
 import msgspec
 
+from notifyd.cluster.router import Cluster
 from notifyd.connections.connection import Connection, Held, State
 from notifyd.connections.registry import Registry
 from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.errors import Unavailable
 from notifyd.eventually import Eventually, chain, rescue, then
+from notifyd.eventually import settled as settled_value
 from notifyd.notification import Notification
 from notifyd.queue.base import AckLedger, UserLogs
 from notifyd.wire import ping_frame
@@ -32,6 +34,10 @@ tick.
 
 KEPT_SETTLED = 256
 """So many settled notifications may be kept in memory, beyond twice as many as are held."""
+
+REMEMBERED = 50_000
+"""So many confirmations a node of a cluster remembers: what another node hands back to a log is not
+sent again to who has confirmed it meanwhile."""
 
 
 class AckAnswer(msgspec.Struct, frozen=True, gc=False):
@@ -54,6 +60,7 @@ class Confirmations:
         idle_timeout: float,
         clock: Callable[[], float],
         writes: StoreWrites,
+        cluster: Cluster | None = None,
     ) -> None:
         self._registry = registry
         self._logs = logs
@@ -62,6 +69,8 @@ class Confirmations:
         self._idle_timeout = idle_timeout
         self._clock = clock
         self._writes = writes
+        self._cluster = cluster
+        self._remembered: dict[tuple[str, str, str], None] = {}
         self._oldest_first: deque[Held] = deque()
         self.held = 0
         self._to_ask: dict[Connection, None] = {}
@@ -70,8 +79,14 @@ class Confirmations:
 
     # --- holding ---
 
-    def hold(self, notification: Notification, connections: tuple[Connection, ...]) -> None:
-        """These connections of one user just took it."""
+    def hold(
+        self,
+        notification: Notification,
+        connections: tuple[Connection, ...],
+        *,
+        shared: bool = False,
+    ) -> None:
+        """These connections of one user just took it; `shared`: so may some on other nodes."""
         id = notification.id
         if len(connections) == 1:
             # Most users have one device: no lists, no loops.
@@ -81,7 +96,7 @@ class Confirmations:
                 unconfirmed = connection.unconfirmed = {}
             elif id in unconfirmed:
                 return
-            held = unconfirmed[id] = Held(notification, connections, self._clock())
+            held = unconfirmed[id] = Held(notification, connections, self._clock(), shared=shared)
             self._oldest_first.append(held)
             self.held += 1
             if self.held > self._max_pending:
@@ -99,7 +114,7 @@ class Confirmations:
         if not takers:
             # Sent again under the same id: one confirmation settles both.
             return
-        held = Held(notification, takers, self._clock())
+        held = Held(notification, takers, self._clock(), shared=shared)
         for connection in takers:
             connection.hold(held)
         self._oldest_first.append(held)
@@ -125,7 +140,11 @@ class Confirmations:
         self.hold_all_stored(notification, (connection,))
 
     def hold_all_stored(
-        self, notification: Notification, connections: Sequence[Connection]
+        self,
+        notification: Notification,
+        connections: Sequence[Connection],
+        *,
+        shared: bool = False,
     ) -> None:
         """These connections of one user took what the user's log keeps until it is settled."""
         id = notification.id
@@ -134,7 +153,7 @@ class Confirmations:
             for connection in connections
             if connection.unconfirmed is None or id not in connection.unconfirmed
         )
-        held = Held(notification, takers, self._clock(), stored=True)
+        held = Held(notification, takers, self._clock(), stored=True, shared=shared)
         for connection in connections:
             known = None if connection.unconfirmed is None else connection.unconfirmed.get(id)
             if known is None:
@@ -180,6 +199,45 @@ class Confirmations:
                 identity.tenant, identity.user_id, (held.notification,), replay=False
             )
 
+    # --- what other nodes hold of the same ---
+
+    def is_shared(self, tenant: str, user_id: str, id: str) -> None:
+        """What was sent to connections here has gone to other nodes too."""
+        for connection in self._registry.tenant(tenant).of_user(user_id):
+            held = connection.unconfirmed and connection.unconfirmed.get(id)
+            if held:
+                held.shared = True
+                return
+        if self._cluster is not None and self.was_confirmed(tenant, user_id, id):
+            # The confirmation was faster than we heard of the others.
+            self._cluster.settled(tenant, user_id, (id,))
+
+    def was_confirmed(self, tenant: str, user_id: str, id: str) -> bool:
+        """Whether this node of a cluster knows that the user confirmed it not long ago."""
+        return (tenant, user_id, id) in self._remembered
+
+    def _remember(self, tenant: str, user_id: str, ids: Sequence[str]) -> None:
+        remembered = self._remembered
+        for id in ids:
+            remembered[tenant, user_id, id] = None
+        while len(remembered) > REMEMBERED:
+            del remembered[next(iter(remembered))]
+
+    def settle_from_elsewhere(self, tenant: str, user_id: str, ids: Sequence[str]) -> Sequence[str]:
+        """A device on another node confirmed these; returns those that were held here.
+
+        What is not held any more may be on its way to the log, and is settled there.
+        """
+        connections = self._registry.tenant(tenant).of_user(user_id)
+        self._remember(tenant, user_id, ids)
+        found = {id: self._settle_here(connections, id) for id in ids}
+        self._writes.confirmed(tenant, user_id, ids)
+        in_log = [id for id, held in found.items() if held is None or held.in_log]
+        if in_log and self._logs is not None:
+            self._note_settled(connections, in_log)
+            self._writes.settle(tenant, user_id, in_log)
+        return [id for id, held in found.items() if held is not None]
+
     def _let_go(self, held: Held) -> None:
         """No connection holds it any more."""
         held.settled = True
@@ -224,6 +282,7 @@ class Confirmations:
         """
         connections = self._registry.tenant(tenant).of_user(user_id)
         held = {id: self._settle_here(connections, id) for id in ids}
+        elsewhere = self._settle_elsewhere(tenant, user_id, held)
         # What goes back to the log just now would be in it again after it was settled.
         returning = self._writes.confirmed(tenant, user_id, ids)
         in_log = [id for id, found in held.items() if found is None or found.in_log]
@@ -239,6 +298,16 @@ class Confirmations:
         def after_settling(in_store: frozenset[str]) -> Eventually[frozenset[str]]:
             here = {id for id, record in held.items() if record is not None}
             found = in_store | here | returning
+            if elsewhere is None:
+                return in_ledger(found)
+            return with_elsewhere(elsewhere, found)
+
+        async def with_elsewhere(
+            pending: Awaitable[frozenset[str]], found: frozenset[str]
+        ) -> frozenset[str]:
+            return await settled_value(in_ledger(found | await pending))
+
+        def in_ledger(found: frozenset[str]) -> Eventually[frozenset[str]]:
             ledger = self._ledger
             if ledger is None:
                 return found
@@ -253,6 +322,21 @@ class Confirmations:
             return then(known, found.union)
 
         return chain(then(settled, after_settling), answer)
+
+    def _settle_elsewhere(
+        self, tenant: str, user_id: str, held: dict[str, Held | None]
+    ) -> Awaitable[frozenset[str]] | None:
+        """Let other nodes go of what a device here confirmed; what is not held here may be there,
+        which has to be awaited."""
+        cluster = self._cluster
+        if cluster is None:
+            return None
+        self._remember(tenant, user_id, list(held))
+        shared = [id for id, record in held.items() if record is not None and record.shared]
+        if shared:
+            cluster.settled(tenant, user_id, shared)
+        unknown = [id for id, record in held.items() if record is None]
+        return cluster.settle(tenant, user_id, unknown) if unknown else None
 
     def _settle_here(self, connections: Sequence[Connection], id: str) -> Held | None:
         """Let every connection of the user go of it; what was held, or None."""
@@ -271,9 +355,10 @@ class Confirmations:
         identity = connection.identity
         confirmed: list[str] = []
         in_log: list[str] = []
+        shared: list[str] = []
         connections = self._registry.tenant(identity.tenant).of_user(identity.user_id)
         if connections == (connection,):
-            self._settle_alone(connection, ids, confirmed, in_log)
+            self._settle_alone(connection, ids, confirmed, in_log, shared)
         else:
             for id in ids:
                 held = self._settle_here(connections, id)
@@ -281,14 +366,25 @@ class Confirmations:
                     confirmed.append(id)
                     if held.in_log:
                         in_log.append(id)
+                    if held.shared:
+                        shared.append(id)
         if in_log:
             self._note_settled(connections, in_log)
             self._writes.settle(identity.tenant, identity.user_id, in_log)
+        if confirmed and self._cluster is not None:
+            self._remember(identity.tenant, identity.user_id, confirmed)
+            if shared:
+                self._cluster.settled(identity.tenant, identity.user_id, shared)
         if confirmed and self._ledger is not None:
             self._writes.note(self._ledger.confirm, identity.tenant, identity.user_id, confirmed)
 
     def _settle_alone(
-        self, connection: Connection, ids: Sequence[str], confirmed: list[str], in_log: list[str]
+        self,
+        connection: Connection,
+        ids: Sequence[str],
+        confirmed: list[str],
+        in_log: list[str],
+        shared: list[str],
     ) -> None:
         """`_settle_here` for a user's only connection, of many ids at once."""
         unconfirmed = connection.unconfirmed
@@ -302,6 +398,8 @@ class Confirmations:
                 confirmed.append(id)
                 if held.in_log:
                     in_log.append(id)
+                if held.shared:
+                    shared.append(id)
                 if not held.stored:
                     self.held -= 1
         connection.ack_credit += len(confirmed)

@@ -7,10 +7,21 @@ after the other reaches every connection in that order. Every recipient gets one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import TypeAlias
 
+from notifyd.cluster.messages import UserOutcome
+from notifyd.cluster.router import (
+    NOWHERE,
+    UNKNOWN,
+    Cluster,
+    Elsewhere,
+    FoundElsewhere,
+    Spreading,
+)
 from notifyd.connections.connection import Connection, State
 from notifyd.connections.outbox import Flusher
 from notifyd.connections.registry import Registry, TenantConnections
@@ -24,7 +35,7 @@ from notifyd.dispatch.targets import (
     resolve,
 )
 from notifyd.errors import Unavailable
-from notifyd.eventually import Eventually, rescue, then
+from notifyd.eventually import Eventually, chain, is_awaitable, rescue, then
 from notifyd.metrics import Metrics
 from notifyd.notification import (
     MAX_NOTIFICATION_BYTES,
@@ -49,9 +60,9 @@ UserSend: TypeAlias = tuple[str, Notification]
 
 class Dispatcher:
     """Sends notifications to whom they are for. `logs` or `ledger` is None where it is switched
-    off. `store_first` is `queue.mode = "always"`: what is for a user is in his log before it is
-    sent, so that it outlives this process. `tally(tenant, deliveries)` is told what each tenant
-    sends, where somebody counts that.
+    off, `cluster` where this is the only node. `store_first` is `queue.mode = "always"`: what is
+    for a user is in his log before it is sent, so that it outlives this process. `tally(tenant,
+    deliveries)` is told what each tenant sends, where somebody counts that.
     """
 
     def __init__(  # noqa: PLR0917  # the parts that it connects
@@ -66,6 +77,7 @@ class Dispatcher:
         clock: Callable[[], float],
         *,
         store_first: bool = False,
+        cluster: Cluster | None = None,
         tally: Callable[[str, int], None] | None = None,
     ) -> None:
         self._registry = registry
@@ -75,6 +87,7 @@ class Dispatcher:
         self._ledger = ledger
         self._writes = writes
         self._store_first = store_first
+        self._cluster = cluster
         self._tally = tally
         self._clock = clock
         self._metrics = metrics
@@ -178,6 +191,7 @@ class Dispatcher:
             or notification.audience.type != "All"
             or len(memoryview(notification.payload)) > _SURELY_SMALL
             or self._store_first
+            or self._cluster is not None
         ):
             return None
         return notification_message(notification)
@@ -200,7 +214,12 @@ class Dispatcher:
             return self._send_to_users(
                 tenant_name, tenant, target.names, notification, message, exclude
             )
-        return self._send_to_connected(tenant_name, tenant, target, notification, message, exclude)
+        receipt = self._send_to_connected(
+            tenant_name, tenant, target, notification, message, exclude
+        )
+        if self._cluster is None:
+            return receipt
+        return self._spread(self._cluster, tenant_name, target, notification, exclude, receipt)
 
     # --- channels and broadcasts: for those who are connected ---
 
@@ -266,6 +285,10 @@ class Dispatcher:
             outcome, connections = self._deliver(tenant, user_id, notification, message, exclude)
         if outcome is Outcome.DELIVERED:
             self._expect(tenant_name, notification, (user_id,))
+        if self._cluster is not None:
+            return self._send_elsewhere(
+                self._cluster, tenant_name, user_id, notification, exclude, (outcome, connections)
+            )
         if outcome is not Outcome.NOBODY:
             return Receipt(notification.id, outcome, connections)
         return self._queue(tenant_name, user_id, notification)
@@ -301,6 +324,8 @@ class Dispatcher:
         notification: Notification,
         message: Message,
         exclude: str | None,
+        *,
+        shared: bool = False,
     ) -> tuple[Outcome, int]:
         """Offer to a user's connections and hold; NOBODY where none is left that could take it."""
         connections = tenant.users[user_id]
@@ -308,11 +333,16 @@ class Dispatcher:
             connections = tuple(admitted(connections, notification.audience, exclude))
             if not connections:
                 return Outcome.FILTERED, 0
-        taken_by = self._offer(notification, message, connections)
+        taken_by = self._offer(notification, message, connections, shared=shared)
         return (Outcome.DELIVERED if taken_by else Outcome.NOBODY), taken_by
 
     def _offer(
-        self, notification: Notification, message: Message, connections: tuple[Connection, ...]
+        self,
+        notification: Notification,
+        message: Message,
+        connections: tuple[Connection, ...],
+        *,
+        shared: bool = False,
     ) -> int:
         """Offer to a user's connections and hold; how many took it."""
         if len(connections) == 1:
@@ -328,7 +358,7 @@ class Dispatcher:
                 self._refused.inc()
                 return 0
             delivered.inc()
-            self._confirmations.hold(notification, connections)
+            self._confirmations.hold(notification, connections, shared=shared)
             return 1
         offered = [connection for connection in connections if connection.offer(message)]
         # One that took it may have been given up to make room for it in another.
@@ -336,7 +366,7 @@ class Dispatcher:
         streams = sum(connection.transport == "sse" for connection in taken_by)
         self._count(len(taken_by) - streams, streams, len(connections) - len(taken_by))
         if taken_by:
-            self._confirmations.hold(notification, taken_by)
+            self._confirmations.hold(notification, taken_by, shared=shared)
         return len(taken_by)
 
     def _send_to_users(
@@ -374,6 +404,20 @@ class Dispatcher:
             results[user_id] = RecipientResult(outcome, connections)
         self._metrics.fanout_seconds.observe(perf_counter() - started)
         self._expect(tenant_name, notification, delivered)
+        if self._cluster is not None:
+            return self._send_many_elsewhere(
+                self._cluster, tenant_name, notification, exclude, results
+            )
+        return self._queue_for_many(tenant_name, notification, results, away)
+
+    def _queue_for_many(
+        self,
+        tenant_name: str,
+        notification: Notification,
+        results: dict[str, RecipientResult],
+        away: list[str],
+    ) -> Eventually[Receipt]:
+        """`away` are those among the recipients who are to be queued for."""
         if not away or self._logs is None or not notification.storable:
             return _combined(notification.id, results)
 
@@ -426,6 +470,8 @@ class Dispatcher:
             for user_id in kept:
                 if user_id in tenant.users:
                     self._writes.on_returned(tenant_name, user_id, before_live=True)
+            if self._cluster is not None:
+                self._cluster.replay(tenant_name, kept, before_live=True)
         if len(kept) < len(user_ids):
             self._metrics.delivery_failures_total.labels("queue_full").inc(
                 len(user_ids) - len(kept)
@@ -459,10 +505,15 @@ class Dispatcher:
         tenant = self._registry.tenant(tenant_name)
         results: dict[str, RecipientResult] = {}
         ready: dict[str, dict[Connection, int]] = {}
+        # The connections here are left out; there may be others on other nodes.
+        uncertain: set[str] = set()
         for user_id in user_ids:
             found = tenant.of_user(user_id)
             connections = admitted(found, notification.audience, exclude)
-            if connections or (not found and may_await(notification.audience, user_id)):
+            awaits = may_await(notification.audience, user_id)
+            if found and not connections and awaits and self._cluster is not None:
+                uncertain.add(user_id)
+            if connections or user_id in uncertain or (not found and awaits):
                 ready[user_id] = {
                     each: each.replays
                     for each in connections
@@ -474,7 +525,20 @@ class Dispatcher:
         if not recipients or logs is None:
             return receipt(notification.id, results)
 
-        def send(rejections: Sequence[Rejection | None]) -> Receipt:
+        def send(rejections: Sequence[Rejection | None]) -> Eventually[Receipt]:
+            send_here(rejections)
+            if self._cluster is None:
+                return after_all(rejections)
+            return self._send_stored_elsewhere(
+                self._cluster,
+                tenant_name,
+                notification,
+                exclude,
+                (results, uncertain, dict(zip(recipients, rejections, strict=True))),
+                lambda: after_all(rejections),
+            )
+
+        def send_here(rejections: Sequence[Rejection | None]) -> None:
             delivered: list[str] = []
             for user_id, rejection in zip(recipients, rejections, strict=True):
                 connections = [
@@ -494,6 +558,8 @@ class Dispatcher:
                 ):
                     self._writes.on_returned(tenant_name, user_id, before_live=True)
             self._expect(tenant_name, notification, delivered)
+
+        def after_all(rejections: Sequence[Rejection | None]) -> Receipt:
             queued = [
                 user_id for user_id in recipients if results[user_id].outcome is Outcome.QUEUED
             ]
@@ -507,7 +573,7 @@ class Dispatcher:
             return self._unavailable(len(recipients))
 
         stored = rescue(lambda: logs.enqueue(tenant_name, recipients, notification), refused)
-        return then(stored, send)
+        return chain(then(stored, send), _itself)
 
     def _send_stored(
         self,
@@ -515,6 +581,8 @@ class Dispatcher:
         message: Message,
         connections: Sequence[Connection],
         rejection: Rejection | None,
+        *,
+        shared: bool = False,
     ) -> RecipientResult:
         """Offer to a user's connections what his log has, or could not take."""
         if rejection == "unavailable":
@@ -535,13 +603,282 @@ class Dispatcher:
             streams = sum(connection.transport == "sse" for connection in taken_by)
             self._count(len(taken_by) - streams, streams)
             if rejection is None:
-                self._confirmations.hold_all_stored(notification, taken_by)
+                self._confirmations.hold_all_stored(notification, taken_by, shared=shared)
             else:
-                self._confirmations.hold(notification, tuple(taken_by))
+                self._confirmations.hold(notification, tuple(taken_by), shared=shared)
             return RecipientResult(Outcome.DELIVERED, len(taken_by))
         if rejection is None:
             return RecipientResult(Outcome.QUEUED)
         return RecipientResult(Outcome.FAILED, reason=rejection)
+
+    # --- other nodes ---
+
+    def _send_elsewhere(
+        self,
+        cluster: Cluster,
+        tenant_name: str,
+        user_id: str,
+        notification: Notification,
+        exclude: str | None,
+        here: tuple[Outcome, int],
+    ) -> Awaitable[Receipt]:
+        """To a user's connections on other nodes, after those here."""
+        receipt: asyncio.Future[Receipt] = self._flusher.loop.create_future()
+        outcome, connections = here
+
+        def sent(there: Elsewhere) -> Eventually[Receipt]:
+            if connections and there.nodes:
+                self._confirmations.is_shared(tenant_name, user_id, notification.id)
+            result = _joined(RecipientResult(outcome, connections), there)
+            if result.outcome is Outcome.NOBODY:
+                return self._queue(tenant_name, user_id, notification)
+            routed = there.routed
+            delivered = result.connections if result.outcome is Outcome.DELIVERED else 0
+            return Receipt(notification.id, result.outcome, delivered, routed)
+
+        cluster.to_user(
+            tenant_name,
+            user_id,
+            notification,
+            exclude=exclude,
+            stored=False,
+            patient=not connections,
+            done=lambda there: _resolve(receipt, lambda: sent(there)),
+        )
+        return receipt
+
+    def _send_many_elsewhere(
+        self,
+        cluster: Cluster,
+        tenant_name: str,
+        notification: Notification,
+        exclude: str | None,
+        results: dict[str, RecipientResult],
+    ) -> Awaitable[Receipt]:
+        """To the connections of many users on other nodes; `results` says what became of each
+        here."""
+        receipt: asyncio.Future[Receipt] = self._flusher.loop.create_future()
+
+        def sent(found: FoundElsewhere) -> Eventually[Receipt]:
+            for user_id, there in (found or {}).items():
+                here = results[user_id]
+                if here.connections:
+                    self._confirmations.is_shared(tenant_name, user_id, notification.id)
+                results[user_id] = _joined(here, there)
+            away = [each for each, result in results.items() if result.outcome is Outcome.NOBODY]
+            return self._queue_for_many(tenant_name, notification, results, away)
+
+        cluster.to_users(
+            tenant_name,
+            tuple(results),
+            notification,
+            exclude=exclude,
+            stored=False,
+            patient=any(each.outcome is Outcome.NOBODY for each in results.values()),
+            done=lambda found: _resolve(receipt, lambda: sent(found)),
+        )
+        return receipt
+
+    def _send_stored_elsewhere(
+        self,
+        cluster: Cluster,
+        tenant_name: str,
+        notification: Notification,
+        exclude: str | None,
+        here: tuple[dict[str, RecipientResult], set[str], dict[str, Rejection | None]],
+        finished: Callable[[], Receipt],
+    ) -> Awaitable[Receipt]:
+        """To the connections on other nodes of users whose logs have it, or are full.
+
+        `here`: what became of each, whose connections here were all left out, what the store said.
+        """
+        receipt: asyncio.Future[Receipt] = self._flusher.loop.create_future()
+        results, uncertain, rejections = here
+        stored = [each for each, rejection in rejections.items() if rejection is None]
+        full = [each for each, rejection in rejections.items() if rejection == "queue_full"]
+        missing = bool(stored) + bool(full)
+
+        def sent(users: Sequence[str], found: FoundElsewhere) -> None:
+            nonlocal missing
+            for user_id in users:
+                there = UNKNOWN if found is None else found.get(user_id, NOWHERE)
+                if there.nodes and results[user_id].outcome is Outcome.DELIVERED:
+                    self._confirmations.is_shared(tenant_name, user_id, notification.id)
+                result = results[user_id] = _joined(results[user_id], there)
+                queued = result.outcome is Outcome.QUEUED and not there.queued
+                if queued and there.known and user_id in uncertain:
+                    # There is nobody but who was left out.
+                    self._writes.settle(tenant_name, user_id, (notification.id,))
+                    results[user_id] = RecipientResult(Outcome.FILTERED)
+            missing -= 1
+            if not missing:
+                _resolve(receipt, finished)
+
+        if not missing:
+            _resolve(receipt, finished)
+        for users, in_log in ((stored, True), (full, False)):
+            if users:
+                cluster.to_users(
+                    tenant_name,
+                    users,
+                    notification,
+                    exclude=exclude,
+                    stored=in_log,
+                    patient=bool(uncertain),
+                    done=partial(sent, users),
+                )
+        return receipt
+
+    def _spread(
+        self,
+        cluster: Cluster,
+        tenant_name: str,
+        target: Target,
+        notification: Notification,
+        exclude: str | None,
+        here: Receipt,
+    ) -> Awaitable[Receipt]:
+        """To who is connected to other nodes; `here` is what became of it on this one."""
+        receipt: asyncio.Future[Receipt] = self._flusher.loop.create_future()
+
+        def sent(there: Spreading) -> None:
+            if not receipt.done():
+                receipt.set_result(_with_others(here, there))
+
+        cluster.to_connected(tenant_name, target, notification, exclude=exclude, done=sent)
+        return receipt
+
+    def take_for_users(
+        self,
+        tenant: str,
+        users: Sequence[str],
+        notification: Notification,
+        *,
+        exclude: str | None,
+        stored: bool,
+        shared: bool,
+    ) -> list[tuple[UserOutcome, int]]:
+        """What another node sent to users here; see `notifyd.cluster.router.Receiver`."""
+        message = notification_message(notification)
+        connected = self._registry.tenant(tenant)
+        results = []
+        delivered = []
+        for user_id in users:
+            if user_id not in connected.users:
+                results.append((_TOLD[Outcome.NOBODY], 0))
+                continue
+            if stored:
+                outcome, connections = self._take_stored(
+                    connected, user_id, notification, message, exclude, shared
+                )
+            else:
+                outcome, connections = self._deliver(
+                    connected, user_id, notification, message, exclude, shared=shared
+                )
+            if outcome is Outcome.DELIVERED:
+                delivered.append(user_id)
+            results.append((_TOLD[outcome], connections))
+        self._expect(tenant, notification, delivered)
+        return results
+
+    def _take_stored(
+        self,
+        tenant: TenantConnections,
+        user_id: str,
+        notification: Notification,
+        message: Message,
+        exclude: str | None,
+        shared: bool,
+    ) -> tuple[Outcome, int]:
+        connections = admitted(tenant.users[user_id], notification.audience, exclude)
+        if not connections:
+            return Outcome.FILTERED, 0
+        if self._confirmations.was_confirmed(tenant.name, user_id, notification.id):
+            # His log was faster: he has read it there, and is done with it.
+            return Outcome.DELIVERED, len(connections)
+        ready = [each for each in connections if not self._confirmations.is_replaying(each)]
+        if len(ready) < len(connections):
+            # In the middle of a replay that may have been there already, or not.
+            self._writes.on_returned(tenant.name, user_id, before_live=True)
+        result = self._send_stored(notification, message, ready, None, shared=shared)
+        return result.outcome, result.connections
+
+    def take_for_connected(
+        self, tenant: str, target: Target, notification: Notification, exclude: str | None
+    ) -> tuple[Outcome, int, Sequence[int]]:
+        """What another node sent to who is connected; see `notifyd.cluster.router.Receiver`."""
+        connected = self._registry.tenant(tenant)
+        receipt = self._send_to_connected(tenant, connected, target, notification, None, exclude)
+        channels = receipt.channels or {}
+        return receipt.outcome, receipt.delivered_to, [channels.get(name, 0) for name in channels]
+
+
+_TOLD: dict[Outcome, UserOutcome] = {
+    Outcome.DELIVERED: "delivered",
+    Outcome.FILTERED: "filtered",
+    Outcome.QUEUED: "queued",
+    Outcome.NOBODY: "nobody",
+}
+
+
+def _itself(receipt: Receipt) -> Receipt:
+    return receipt
+
+
+def _resolve(receipt: asyncio.Future[Receipt], work: Callable[[], Eventually[Receipt]]) -> None:
+    """Give a receipt what `work` gives or raises, now or later. Never raises."""
+    try:
+        value = work()
+    except Exception as error:  # noqa: BLE001  # whoever awaits the receipt gets it
+        if not receipt.done():
+            receipt.set_exception(error)
+        return
+    if is_awaitable(value):
+        asyncio.ensure_future(value).add_done_callback(partial(_copy, receipt))
+    elif not receipt.done():
+        receipt.set_result(value)
+
+
+def _copy(receipt: asyncio.Future[Receipt], ended: asyncio.Future[Receipt]) -> None:
+    error = None if ended.cancelled() else ended.exception()
+    if receipt.done():
+        return
+    if ended.cancelled():
+        receipt.cancel()
+    elif error is not None:
+        receipt.set_exception(error)
+    else:
+        receipt.set_result(ended.result())
+
+
+def _joined(here: RecipientResult, there: Elsewhere) -> RecipientResult:
+    """What became of a recipient, here and on other nodes."""
+    delivered = here.connections + there.delivered
+    if delivered:
+        return RecipientResult(Outcome.DELIVERED, delivered)
+    if there.routed:
+        return RecipientResult(Outcome.ROUTED, there.routed)
+    if there.filtered and here.outcome is Outcome.NOBODY:
+        return RecipientResult(Outcome.FILTERED)
+    return here
+
+
+def _with_others(here: Receipt, there: Spreading) -> Receipt:
+    """What became of a notification to who is connected, here and on other nodes."""
+    delivered = here.delivered_to + there.delivered
+    if delivered:
+        outcome = Outcome.DELIVERED
+    elif there.silent:
+        outcome = Outcome.ROUTED
+    elif there.filtered:
+        outcome = Outcome.FILTERED
+    else:
+        outcome = here.outcome
+    channels = here.channels
+    if channels is not None and there.channels:
+        joined = zip(channels.items(), there.channels, strict=True)
+        channels = {name: count + more for (name, count), more in joined}
+    return Receipt(here.notification_id, outcome, delivered, there.silent, channels=channels)
 
 
 def _only(notification_id: str, results: dict[str, RecipientResult]) -> Receipt:
@@ -550,7 +887,8 @@ def _only(notification_id: str, results: dict[str, RecipientResult]) -> Receipt:
     return Receipt(
         notification_id,
         result.outcome,
-        delivered_to=result.connections,
+        delivered_to=0 if result.outcome is Outcome.ROUTED else result.connections,
+        routed=result.connections if result.outcome is Outcome.ROUTED else 0,
         queued=int(result.outcome is Outcome.QUEUED),
         failed=int(result.outcome is Outcome.FAILED),
         reason=result.reason,
@@ -570,7 +908,14 @@ def _combined(notification_id: str, results: dict[str, RecipientResult]) -> Rece
     return Receipt(
         notification_id,
         next(outcome for outcome in BEST_FIRST if outcome in present),
-        delivered_to=sum(result.connections for result in results.values()),
+        delivered_to=sum(
+            result.connections
+            for result in results.values()
+            if result.outcome is not Outcome.ROUTED
+        ),
+        routed=sum(
+            result.connections for result in results.values() if result.outcome is Outcome.ROUTED
+        ),
         queued=outcomes.count(Outcome.QUEUED),
         failed=outcomes.count(Outcome.FAILED),
         results=results,

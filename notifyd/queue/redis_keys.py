@@ -2,15 +2,22 @@
 
     prefix:{<bucket>}:log:<tenant>|<user>      a user's log, with order: beside it
     prefix:{<bucket>}:depth                    what a bucket counts, with due and corrupt beside it
+    prefix:{<bucket>}:on:<node>                users that a node holds, with nodes beside it
     prefix:{acks}:record:<tenant>|<id>         a notification in the ledger, with pending: beside it
     prefix:{acks}:stats                        what the ledger counts, with order, due and times
     prefix:{<tenant>}:templates
     prefix:{tenants}:limits                    what tenants may have, where it was set at run time
     prefix:{tenants}:counts:<day or month>     what each of them has sent
     prefix:{idem-<digest of a scope>}
+    prefix:{cluster}:nodes                     nodes, with said and revoked beside it
     prefix:{rate|<limit>|<caller>}             a bucket of tokens
     prefix:{trigger}:lease                     the node that dispatches what comes from Redis
     prefix:probe                               a key, and what channels of probes begin with
+
+Channels of Redis are the same in all of its databases, so theirs have its number:
+
+    prefix:<database>:node:<node>              what is for one node
+    prefix:<database>:nodes                    what is for all of them
 
 Names are percent-encoded, so that no name reaches another's keys (`notifyd.tenants.scoped`). A
 script touches keys of one hash tag, the part in braces, which a cluster keeps on one node. A user's
@@ -49,6 +56,8 @@ class Bucket(NamedTuple):
     corrupt: str
     log: str
     order: str
+    nodes: str
+    on: str
 
     def of(self, member: str) -> tuple[str, str]:
         """A user's log and its order."""
@@ -57,6 +66,16 @@ class Bucket(NamedTuple):
     def with_user(self, member: str) -> tuple[str, str, str, str]:
         """The keys of a script on one user's log."""
         return self.depth, self.due, self.log + member, self.order + member
+
+
+class ClusterKeys(msgspec.Struct, frozen=True):
+    """Keys of the nodes; `node` is what the channel of each begins with, `all` the one of all."""
+
+    nodes: str
+    said: str
+    revoked: str
+    node: str
+    all: str
 
 
 class LedgerKeys(msgspec.Struct, frozen=True):
@@ -89,6 +108,14 @@ class RedisKeys:
         self.probe = f"{prefix}:probe"
         self.tenant_limits = f"{prefix}:{{tenants}}:limits"
 
+    def cluster(self, database: int) -> ClusterKeys:
+        """Of the nodes that share a database of Redis."""
+        tag = f"{self._prefix}:{{cluster}}:"
+        channels = f"{self._prefix}:{database}:"
+        return ClusterKeys(
+            f"{tag}nodes", f"{tag}said", f"{tag}revoked", f"{channels}node:", f"{channels}nodes"
+        )
+
     def _bucket(self, number: int) -> Bucket:
         tag = f"{self._prefix}:{{{number}}}:"
         return Bucket(
@@ -97,6 +124,8 @@ class RedisKeys:
             f"{tag}corrupt",
             f"{tag}log:",
             f"{tag}order:",
+            f"{tag}nodes",
+            f"{tag}on:",
         )
 
     def templates(self, tenant: str) -> str:

@@ -25,6 +25,7 @@ from notifyd.errors import ConfigurationError
 from notifyd.server.door import Door, Doorman
 from notifyd.server.http import TESTED_UVICORN, HttpProtocol, Services
 from notifyd.server.websocket import WebSocketProtocol
+from notifyd.server.workers import Supervisor, Work, reserve
 
 BACKLOG = 4096
 
@@ -58,6 +59,13 @@ class ServeOptions(Protocol):
     def shutdown_grace_seconds(self) -> float: ...
     @property
     def max_sockets(self) -> int: ...
+
+
+class WorkersOptions(ServeOptions, Protocol):
+    """The same, with the number of processes."""
+
+    @property
+    def workers(self) -> int: ...
 
 
 class Server(uvicorn.Server):
@@ -195,28 +203,70 @@ class _Application:
             raise
 
 
+def url_of(bound: socket.socket, options: ServeOptions) -> str:
+    """Where a bound socket is reached."""
+    scheme = "https" if options.tls_cert else "http"
+    host, port = bound.getsockname()[:2]
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def supervise(
+    work: Callable[[int], Work], options: WorkersOptions, *, announce: Callable[[str], None]
+) -> int:
+    """Serve with several processes until a signal; returns the exit code.
+
+    `work` gives what each of them does, for the port that they share. `announce` gets the URL once
+    all listen.
+    """
+    log = structlog.get_logger("notifyd.server")
+    try:
+        holder = reserve(options.host, options.port)
+    except OSError as error:
+        _tell_cannot_listen(options, error)
+        return 1
+    url = url_of(holder, options)
+
+    def started() -> None:
+        log.info("all workers listen", url=url, workers=options.workers)
+        announce(url)
+
+    with holder:
+        supervisor = Supervisor(
+            work(holder.getsockname()[1]),
+            options.workers,
+            grace_seconds=options.shutdown_grace_seconds,
+            announce=started,
+        )
+        return supervisor.run()
+
+
+def _tell_cannot_listen(options: ServeOptions, error: OSError) -> None:
+    structlog.get_logger("notifyd.server").error(
+        "cannot listen", host=options.host, port=options.port, reason=error.strerror or str(error)
+    )
+
+
 def serve(
-    serving: Serving, options: ServeOptions, *, idle_timeout: float, announce: Callable[[str], None]
+    serving: Serving,
+    options: ServeOptions,
+    *,
+    idle_timeout: float,
+    announce: Callable[[str], None],
+    share_port: bool = False,
 ) -> int:
     """Serve until a signal; returns the exit code. `announce` gets the URL once the server
-    listens. Raises ConfigurationError where a backend that was chosen cannot be used.
+    listens. `share_port`: other processes listen on it too. Raises ConfigurationError where a
+    backend that was chosen cannot be used.
     """
     log = structlog.get_logger("notifyd.server")
     # sse-starlette would end ASGI streams at the signal, before our drain could tell them anything.
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # theirs
     try:
-        listener = listen(options.host, options.port, idle_timeout)
+        listener = listen(options.host, options.port, idle_timeout, share_port=share_port)
     except OSError as error:
-        log.error(
-            "cannot listen",
-            host=options.host,
-            port=options.port,
-            reason=error.strerror or str(error),
-        )
+        _tell_cannot_listen(options, error)
         return 1
-    scheme = "https" if options.tls_cert else "http"
-    host, port = listener.getsockname()[:2]
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    url = url_of(listener, options)
 
     def started() -> None:
         gc.collect()
@@ -276,7 +326,7 @@ def make_server(serving: Serving, options: ServeOptions, *, announce: Callable[[
     return server
 
 
-def listen(host: str, port: int, idle_timeout: float) -> socket.socket:
+def listen(host: str, port: int, idle_timeout: float, *, share_port: bool = False) -> socket.socket:
     """A listening socket. Raises OSError.
 
     What is set on it, its accepted sockets inherit: the kernel gives up a peer that acknowledges
@@ -289,6 +339,7 @@ def listen(host: str, port: int, idle_timeout: float) -> socket.socket:
         (str(address[0]), int(address[1])),
         family=family,
         backlog=BACKLOG,
+        reuse_port=share_port,
         dualstack_ipv6=family == socket.AF_INET6
         and address[0] == "::"
         and socket.has_dualstack_ipv6(),

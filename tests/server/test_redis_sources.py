@@ -13,7 +13,7 @@ import redis.asyncio
 from structlog.testing import capture_logs
 
 from tests.conftest import StartServer
-from tests.front_door import ADMIN_KEY, WAIT, Host, WebSocketListener, until
+from tests.front_door import ADMIN_KEY, WAIT, Host, WebSocketListener, token, until
 from tests.stores import RedisServer
 
 EVENT = {"event_type": "order.created", "payload": {"n": 1}}
@@ -477,3 +477,24 @@ async def test_it_leaves_what_comes_to_another_when_it_stops(
     await first.stop()
     await publisher.add({"type": "user", "target": "u1", **EVENT})
     await websocket.expect("notification")
+
+
+async def test_a_message_is_for_the_tenant_that_it_names(
+    start_on: StartServer, sources: dict[str, Any], publisher: Publisher
+) -> None:
+    host = await start_on(redis=sources, tenant={"enabled": True, "auto_create": True})
+    await subscribed(host)
+    acme = await host.websocket(jwt=token("u1", tenant_id="acme"))
+    default = await host.websocket("u1")
+    for refused in (EVENT, {**EVENT, "tenant_id": "a:b"}, {**EVENT, "tenant_id": "acme\n"}):
+        before = bad(host)
+        await publisher.publish(USER, refused)
+        await until(lambda before=before: bad(host) == before + 1, "the refusal")  # type: ignore[misc]  # bound now
+    for source in (publisher.publish, lambda _, message: publisher.add(message)):
+        message = {"type": "user", "target": "u1", "tenant_id": "acme", "event": EVENT}
+        await source(BROADCAST, message)
+        assert (await acme.expect("notification"))["event_type"] == "order.created"
+    await publisher.publish(BROADCAST, {"tenant_id": "default", "event": EVENT})
+    await default.expect("notification")
+    await acme.nothing_came()
+    await default.nothing_came()

@@ -122,7 +122,7 @@ async def test_nothing_under_a_path() -> None:
         "/api/v1",
         "/health/",
         "/api/v1/users//connections",
-        "/api/v1/cluster/status",
+        "/api/v1/cluster",
     ):
         response = await server.request("GET", path)
         assert response.status_code == 404

@@ -18,6 +18,8 @@ queue_corrupt_total{reason}; ack_pending, ack_received_total, ack_expired_total,
 ratelimit_allowed_total{kind}, ratelimit_denied_total{kind};
 redis_up, redis_breaker_state, redis_reconnects_total, redis_bad_messages_total,
 redis_dead_letters_total, redis_trigger_active, postgres_up, postgres_breaker_state;
+cluster_nodes, cluster_bus_up, cluster_messages_total{direction},
+cluster_bad_messages_total{reason}, cluster_unanswered_total;
 http_requests_total{method,route,status}, http_request_seconds; loop_lag_seconds
 """
 

@@ -193,8 +193,6 @@ class TestRefusals:
         "variable",
         [
             "NOTIFYD__SERVER__PORT",
-            "NOTIFYD_SERVER__WORKERS",
-            "NOTIFYD_CLUSTER__ENABLED",
             "NOTIFYD_CHANNELS__RULES__NEWS",
         ],
     )
@@ -911,3 +909,42 @@ def test_a_rate_that_is_given_in_code() -> None:
 def test_limits_in_redis_are_a_use_of_it_where_they_are_on(enabled: bool) -> None:
     ratelimit = RateLimitSettings(enabled=enabled, backend="redis")
     assert ("redis" in Settings(ratelimit=ratelimit).backends) == enabled
+
+
+ENABLED = {"NOTIFYD_CLUSTER__ENABLED": "true"}
+SHARED = {**ENABLED, "NOTIFYD_QUEUE__BACKEND": "redis"}
+
+
+class TestCluster:
+    def test_a_cluster_uses_redis_wherever_its_queue_is(self) -> None:
+        environ = {
+            **ENABLED,
+            "NOTIFYD_QUEUE__BACKEND": "postgres",
+            "DATABASE_URL": "postgresql://notifyd@localhost/notifyd",
+        }
+        assert load_settings(None, environ).backends == {"redis", "postgres", "memory"}
+        without_queue = {**ENABLED, "NOTIFYD_QUEUE__ENABLED": "false"}
+        assert "redis" in load_settings(None, without_queue).backends
+
+    @pytest.mark.parametrize(
+        ("environ", "message"),
+        [
+            (ENABLED, 'queue.backend: "memory" is not shared'),
+            (
+                {**SHARED, "NOTIFYD_CLUSTER__PRESENCE_TTL_SECONDS": "30"},
+                "cluster.presence_ttl_seconds: 30 s must be more than websocket.heartbeat_interval",
+            ),
+            (
+                {"NOTIFYD_SERVER__WORKERS": "2"},
+                "server.workers: 2 processes are nodes of a cluster",
+            ),
+            ({**SHARED, "NOTIFYD_CLUSTER__NODE_ID": "a:b"}, "cluster.node_id: expected a text"),
+            ({**SHARED, "NOTIFYD_SERVER__WORKERS": "0"}, "server.workers: expected a whole number"),
+        ],
+    )
+    def test_what_does_not_go_together(self, environ: dict[str, str], message: str) -> None:
+        assert refusal(environ).startswith(message)
+
+    def test_workers_of_a_cluster(self) -> None:
+        settings = load_settings(None, {**SHARED, "NOTIFYD_SERVER__WORKERS": "4"})
+        assert settings.server.workers == 4

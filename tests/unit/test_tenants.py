@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from notifyd.errors import BadRequest, Forbidden, NotFound, Unauthorized, Unavailable
+from notifyd.errors import (
+    BadRequest,
+    Forbidden,
+    NotFound,
+    Unauthorized,
+    Unavailable,
+    ValidationError,
+)
 from notifyd.identity import Identity, Principal
 from notifyd.options import TenantOverride, TenantSettings
 from notifyd.tenants import (
@@ -101,6 +108,17 @@ class TestWhoSpeaks:
         for claim in ("", "a:b", "a\n", "x" * 65):
             with pytest.raises(Unauthorized):
                 tenants.of_claim(claim, "tenant_id")
+
+    def test_a_message_of_whoever_is_trusted(self) -> None:
+        tenants = made(auto_create=False)
+        assert tenants.of_message("acme") == "acme"
+        for name in (None, "globex", "a:b", "", "acme\n"):
+            with pytest.raises(ValidationError):
+                tenants.of_message(name)
+        off = only_default()
+        assert off.of_message(None) == off.of_message("default") == "default"
+        with pytest.raises(ValidationError):
+            off.of_message("acme")
 
     def test_switched_off(self) -> None:
         tenants = only_default()
@@ -200,6 +218,23 @@ class TestFigures:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert tenants._tallies["acme"].notifications == 1
+
+    async def test_the_end_waits_for_them_so_long_and_no_longer(self) -> None:
+        class Slow(MemoryTenants):
+            def add(self, day: date, counts: Mapping[str, Counts]) -> Any:
+                return asyncio.get_running_loop().create_future()
+
+        assert await made(Slow()).finish(0.01)
+        for store in (Slow(), Store()):
+            tenants = made(store)
+            tenants.tally("acme", 1)
+            if isinstance(store, Store):
+                store.down = True
+            assert not await tenants.finish(0.01)
+        tenants = made()
+        tenants.tally("acme", 1)
+        assert await tenants.finish(0.01)
+        assert (await tenants.figures())["acme"].today == Counts(1, 1)
 
     async def test_are_of_so_many_tenants_at_most(self) -> None:
         tenants = made()

@@ -1,0 +1,237 @@
+"""Redis hangs, dies, comes back and speaks nonsense; a cluster goes on with what it has."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+import pytest
+import redis.asyncio
+
+from notifyd.cluster import messages
+from notifyd.cluster.messages import KINDS, encode, wired
+from notifyd.notification import Notification
+from tests.cluster.conftest import StartNodes, _starter, cluster_of
+from tests.front_door import Host, channel, until, user
+from tests.stores import RedisServer
+
+pack = msgspec.msgpack.encode
+
+
+@pytest.fixture
+async def start_breakable(redis_server: RedisServer) -> AsyncIterator[StartNodes]:
+    """Start nodes on a Redis that the test may break."""
+    async with AsyncExitStack() as stack:
+        try:
+            yield _starter(stack, redis_server.url, f"test-{uuid4().hex}")
+        finally:
+            # Or the nodes' end would wait for it.
+            redis_server.recover()
+
+
+async def test_local_deliveries_go_on_while_redis_hangs_and_the_cluster_is_whole_again_after(
+    start_breakable: StartNodes, redis_server: RedisServer
+) -> None:
+    nodes = await start_breakable(2)
+    here = await nodes[0].listen("websocket", "anna", "news")
+    there = await nodes[1].listen("websocket", "ben", "news")
+    await asyncio.to_thread(redis_server.stop)
+    for number in range(30):
+        started = time.monotonic()
+        answer = await nodes[0].publish(user("anna"), payload=number)
+        assert (answer["outcome"], answer["delivered_to"]) == ("delivered", 1)
+        answer = await nodes[0].publish(channel("news"), payload=number)
+        assert (answer["outcome"], answer["delivered_to"]) == ("delivered", 1)
+        assert time.monotonic() - started < 1.0
+    await here.notifications(60)
+    await until(lambda: not cluster_of(nodes[0]).well, "the breaker", 10)
+    started = time.monotonic()
+    assert (await nodes[0].publish(user("anna")))["outcome"] == "delivered"
+    assert time.monotonic() - started < 0.15
+    assert (await nodes[0].get("/health")).json()["status"] == "degraded"
+    assert (await nodes[0].get("/api/v1/cluster/status")).json()["status"] == "degraded"
+    newcomer = await nodes[0].websocket("carl")
+    await newcomer.expect("gap")
+
+    await asyncio.to_thread(redis_server.cont)
+    await until(lambda: all(cluster_of(host).well for host in nodes), "Redis", 20)
+    answer = await nodes[1].publish(user("carl"))
+    assert (answer["outcome"], answer["delivered_to"]) == ("delivered", 1)
+    answer = await nodes[0].publish(channel("news"), payload="again")
+    assert answer["delivered_to"] == 2
+    got = [await there.receive()]
+    while got[-1].get("payload") != "again":
+        got.append(await there.receive())
+
+
+async def test_a_redis_that_lost_everything_learns_who_is_where(
+    start_breakable: StartNodes, redis_server: RedisServer
+) -> None:
+    nodes = await start_breakable(2)
+    await nodes[1].websocket("anna")
+    redis_server.command("FLUSHALL")
+    assert (await nodes[0].publish(user("anna")))["outcome"] == "queued"
+    deadline = time.monotonic() + 5
+    while (await nodes[0].publish(user("anna")))["outcome"] == "queued":
+        assert time.monotonic() < deadline
+
+
+async def test_what_is_queued_while_a_node_hears_nothing_is_replayed_when_it_does(
+    start_breakable: StartNodes, redis_server: RedisServer
+) -> None:
+    nodes = await start_breakable(2)
+    anna = await nodes[1].websocket("anna")
+    redis_server.command("CLIENT", "KILL", "TYPE", "pubsub")
+    answer = await nodes[0].publish(user("anna"))
+    got = await anna.expect("notification")
+    assert got["id"] == answer["notification_id"]
+    await anna.nothing_came()
+
+
+async def test_a_node_that_does_not_answer_in_time_gives_routed_and_nothing_is_lost(
+    nodes: list[Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anna = await nodes[1].websocket("anna")
+    await nodes[1].listen("websocket", "ben", "news")
+    there = cluster_of(nodes[1]).bus
+    with monkeypatch.context() as deaf:
+        deaf.setattr(there, "to_node", lambda node, body: None)
+        started = time.monotonic()
+        answer = await nodes[0].publish(user("anna"))
+        assert (answer["outcome"], answer["routed"], answer["delivered_to"]) == ("routed", 1, 0)
+        assert 0.15 < time.monotonic() - started < 1
+        answer = await nodes[0].publish(channel("news"))
+        assert (answer["outcome"], answer["routed"]) == ("routed", 1)
+    await anna.expect("notification")
+    # Once it counts as lost it goes to the log; who has it by then gets it not twice.
+    monkeypatch.setattr("notifyd.cluster.bus.AFTER_SECONDS", 0.1)
+    with monkeypatch.context() as lost:
+        lost.setattr(
+            cluster_of(nodes[1]).receiver, "take_for_users", lambda *a, **how: [("nobody", 0)]
+        )
+        lost.setattr(there, "to_node", lambda node, body: None)
+        answer = await nodes[0].publish(user("anna"))
+        assert answer["outcome"] == "routed"
+    got = await anna.expect("notification")
+    assert (got["id"], got["metadata"]["replayed"]) == (answer["notification_id"], True)
+
+
+async def say(server: RedisServer, channel_name: str, what: list[bytes]) -> None:
+    """Publish these."""
+    client = redis.asyncio.Redis(port=server.port)
+    async with client, client.pipeline(transaction=False) as pipeline:
+        for data in what:
+            pipeline.publish(channel_name, data)
+        assert all(await pipeline.execute())
+
+
+def shapes() -> list[tuple[str, bytes]]:
+    """Messages of every wrong shape, with the reason for which each is ignored."""
+    notification = wired(Notification(str(uuid4()), time.time(), "e", msgspec.Raw(b'{"a":1}')))
+
+    def item(kind: str, body: object) -> bytes:
+        return b"\0" + pack([1, "stranger", [[kind, body]]])
+
+    def routed(**changed: Any) -> bytes:
+        body = messages.Routed(0, "default", ("anna",), notification)
+        return b"\0" + encode("stranger", [msgspec.structs.replace(body, **changed)])
+
+    def payload(data: bytes) -> bytes:
+        return routed(notification=msgspec.structs.replace(notification, payload=data))
+
+    bad = [
+        ("not_msgpack", b""),
+        ("not_msgpack", b"hello"),
+        ("not_msgpack", b"\0"),
+        ("not_msgpack", b"\2" + pack([1, "stranger", []])),
+        ("not_msgpack", b"\0\xc1"),
+        ("not_msgpack", routed()[:-3]),
+        ("shape", b"\0" + pack({"version": 1})),
+        ("shape", b"\0" + pack("hello")),
+        ("shape", b"\0" + pack([1])),
+        ("shape", b"\0" + pack(["one", "stranger", []])),
+        ("shape", b"\0" + pack([1, "stranger", {}])),
+        ("shape", b"\0" + pack([1, "stranger", ["routed"]])),
+        ("unknown", item("of a time to come", [1, 2, 3])),
+        ("unknown", b"\0" + pack([99, "stranger", [["of a time to come", {}]], "more"])),
+        ("payload", payload(b'{"a":\n1}')),
+        ("payload", payload(b'{"a":1')),
+        ("payload", payload(b'"\xff"')),
+        ("payload", payload(b"")),
+        ("shape", routed(tenant=7)),
+        ("shape", routed(users="anna")),
+        ("shape", routed(notification=None)),
+        ("failed", routed(notification=msgspec.structs.replace(notification, at=float("nan")))),
+    ]
+    for kind in KINDS:
+        if kind != "alive":
+            bad.append(("shape", item(kind, [])))
+            bad.append(("shape", item(kind, [None] * 12)))
+            bad.append(("shape", item(kind, {"seq": 1})))
+        bad.append(("shape", item(kind, "text")))
+        bad.append(("shape", item(kind, 7)))
+    return bad
+
+
+async def test_messages_of_every_wrong_shape_are_counted_and_change_nothing(
+    start_breakable: StartNodes, redis_server: RedisServer
+) -> None:
+    nodes = await start_breakable(2)
+    anna = await nodes[0].websocket("anna")
+    await anna.subscribe("news")
+    keys = cluster_of(nodes[0])._cluster_keys
+    bad = shapes()
+    await say(redis_server, keys.all, [data for _, data in bad])
+    await say(redis_server, keys.node + cluster_of(nodes[0]).id, [data for _, data in bad])
+    reasons = {reason for reason, _ in bad}
+    for reason in reasons:
+        expected = 2 * sum(each == reason for each, _ in bad)
+        counter = nodes[0].notifyd.metrics.cluster_bad_messages_total.labels(reason)
+        await until(lambda c=counter, e=expected: c.value == e, f"{reason} {expected}", 20)  # type: ignore[misc]  # bound now
+    await anna.nothing_came()
+    answer = await nodes[1].publish(channel("news"))
+    assert (answer["outcome"], answer["delivered_to"]) == ("delivered", 1)
+    await anna.expect("notification")
+
+
+async def test_messages_of_a_later_version_are_understood_as_far_as_they_go(
+    start_breakable: StartNodes, redis_server: RedisServer
+) -> None:
+    (node,) = await start_breakable(1)
+    anna = await node.websocket("anna")
+    content = wired(Notification(str(uuid4()), time.time(), "e", msgspec.Raw(b"1")))
+    body = msgspec.msgpack.decode(pack(messages.Routed(0, "default", ("anna",), content)))
+    later = [99, "of-a-later-version", [["of a time to come", [1]], ["routed", [*body, "more"]]]]
+    cluster = cluster_of(node)
+    channel_of_node = cluster._cluster_keys.node + cluster.id
+    await say(redis_server, channel_of_node, [b"\0" + pack([*later, "more"])])
+    assert (await anna.expect("notification"))["id"] == content.id
+    counter = node.notifyd.metrics.cluster_bad_messages_total.labels("unknown")
+    assert counter.value == 1
+
+
+async def test_answers_that_nobody_waits_for_change_nothing(
+    start_breakable: StartNodes, redis_server: RedisServer
+) -> None:
+    nodes = await start_breakable(2)
+    anna = await nodes[1].websocket("anna")
+    cluster = cluster_of(nodes[0])
+    told = [
+        b"\0" + encode("stranger", [body])
+        for seq in range(1, 40)
+        for body in (
+            messages.Told(seq, (("delivered", 7),) * 3),
+            messages.Reached(seq, 9),
+            messages.Held(seq, ("x",)),
+            messages.Answer(seq, msgspec.Raw(pack(5))),
+        )
+    ]
+    await say(redis_server, cluster._cluster_keys.node + cluster.id, told)
+    answer = await nodes[0].publish(user("anna"))
+    assert (answer["outcome"], answer["delivered_to"]) == ("delivered", 1)
+    await anna.expect("notification")
