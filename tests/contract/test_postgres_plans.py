@@ -62,6 +62,10 @@ PLANS: dict[str, tuple[list[Any], set[str]]] = {
     "recount_logs": ([SOME_LOGS], {"notifyd_logs_pkey", "notifyd_entries_"}),
     "find_pending": ([SOME_LOGS, IDS], {"notifyd_entries_pending"}),
     "drop_dead": ([SOME_LOGS, NOW], {"notifyd_entries_"}),
+    "drop_stale": (
+        [SOME_LOGS, IDS, NOW + ROWS],
+        {"notifyd_entries_pending", "notifyd_logs_pkey"},
+    ),
     "find_least": ([SOME_LOGS, [5] * 100], {"notifyd_entries_to_give_up"}),
     "give_up": ([SOME_LOGS, OFFSETS], {"notifyd_entries_pkey"}),
     "lock_known_logs": ([TENANTS, SOME_USERS], {"notifyd_logs_tenant_user_id_key"}),
