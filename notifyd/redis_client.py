@@ -331,6 +331,7 @@ class Redis:
         self._waiting: list[_Call] = []
         self._repeated: list[_Call] = []
         self._flushing = False
+        self._gathering: list[Callable[[], None]] = []
         self._good_period: int | None = None
         self._was_up = False
         self._closed = False
@@ -380,7 +381,19 @@ class Redis:
             loop.call_soon(self._flush)
         return future
 
+    def gather(self, send: Callable[[], None]) -> None:
+        """Call `send` once, when the calls of this turn are about to go out; those that it makes go
+        with them."""
+        self._gathering.append(send)
+        if not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
     def _flush(self) -> None:
+        self._flushing = True
+        gathering, self._gathering = self._gathering, []
+        for send in gathering:
+            send()
         self._flushing = False
         link = self._link
         if link is None:

@@ -300,10 +300,8 @@ class Replayer:
         self._metrics.queue_replayed_total.inc(len(notifications))
         if self._ledger is not None:
             identity = connection.identity
-            for notification in notifications:
-                self._writes.note(
-                    self._ledger.expect, identity.tenant, notification.id, (identity.user_id,)
-                )
+            sent = [(notification.id, identity.user_id) for notification in notifications]
+            self._writes.note(self._ledger.expect_each, identity.tenant, sent)
         return len(notifications)
 
     def _tell_overflow(self, connection: Connection, overflow: Overflow) -> None:

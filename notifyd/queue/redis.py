@@ -100,6 +100,45 @@ class _CorruptLog:
         self._log.warning(what, reason=reason, error=str(error))
 
 
+Waiting = Sequence[tuple["asyncio.Future[Sequence[Rejection | None]]", int]]
+
+
+class _Gathered(msgspec.Struct, gc=False):
+    """What one turn of the loop stores in a bucket, as its script takes it. `waiting` are those who
+    asked for it, and for how many recipients."""
+
+    keys: list[str]
+    words: list[Word]
+    waiting: list[tuple[asyncio.Future[Sequence[Rejection | None]], int]]
+    recipients: int = 0
+
+
+def _fail(waiting: Waiting, error: BaseException) -> None:
+    for future, _ in waiting:
+        if not future.done():
+            # To each his own: raising one adds to its traceback.
+            own = error
+            if isinstance(error, Unavailable):
+                own = Unavailable(error.message, retry_after=error.retry_after)
+                own.__cause__ = error.__cause__
+            future.set_exception(own)
+
+
+def _share_out(waiting: Waiting, answer: asyncio.Future[Sequence[Rejection | None]]) -> None:
+    if answer.cancelled():
+        for future, _ in waiting:
+            future.cancel()
+        return
+    if (error := answer.exception()) is not None:
+        _fail(waiting, error)
+        return
+    rejections, start = answer.result(), 0
+    for future, count in waiting:
+        if not future.done():
+            future.set_result(rejections[start : start + count])
+        start += count
+
+
 # --- user logs ------------------------------------------------------------------------------------
 
 
@@ -131,6 +170,7 @@ class RedisUserLogs:
         self._corrupt = _CorruptLog(on_corrupt)
         self._clock = clock
         self._expired_uncounted = 0
+        self._enqueuing: dict[int, _Gathered] = {}
         self._enqueue = _script("enqueue", "log")
         self._read = _script("read", "log")
         self._settle = _script("settle", "log")
@@ -149,41 +189,71 @@ class RedisUserLogs:
         Unavailable where that is all of them.
         """
         expires_at = notification.expires_at
-        args: tuple[Word, ...] = (
-            _milliseconds(self._clock),
-            self._max_size_per_user,
-            self._ttl,
+        words: tuple[Word, ...] = (
             "" if expires_at is None else int(expires_at * 1000),
-            self._grace,
             notification.id,
             notification.priority.rank,
             b"%08d" % entry_bytes(notification) + encode_entry(notification),
         )
         if len(recipients) == 1:
             name = member(tenant, recipients[0])
-            keys = self._buckets[bucket_of(name)].with_user(name)
-            return self._redis.run(self._enqueue, keys, (*args, name), self._enqueued)
-        return self._enqueue_many(tenant, recipients, args)
-
-    def _enqueue_many(
-        self, tenant: str, recipients: Sequence[str], args: tuple[Word, ...]
-    ) -> Awaitable[Sequence[Rejection | None]]:
+            return self._enqueue_soon(bucket_of(name), words, (name,))
         groups: defaultdict[int, list[tuple[int, str]]] = defaultdict(list)
         for place, user_id in enumerate(recipients):
             name = member(tenant, user_id)
             groups[bucket_of(name)].append((place, name))
         calls: list[tuple[list[int], asyncio.Future[Sequence[Rejection | None]]]] = []
         for number, users in groups.items():
-            bucket = self._buckets[number]
             for start in range(0, len(users), USERS_PER_CALL):
                 part = users[start : start + USERS_PER_CALL]
-                keys = [bucket.depth, bucket.due]
-                for _, name in part:
-                    keys += bucket.of(name)
-                names = [name for _, name in part]
-                future = self._redis.run(self._enqueue, keys, (*args, *names), self._enqueued)
+                future = self._enqueue_soon(number, words, [name for _, name in part])
                 calls.append(([place for place, _ in part], future))
         return self._gather(len(recipients), calls)
+
+    def _enqueue_soon(
+        self, number: int, words: tuple[Word, ...], names: Sequence[str]
+    ) -> asyncio.Future[Sequence[Rejection | None]]:
+        """What one turn of the loop stores in a bucket is one call."""
+        loop = asyncio.get_running_loop()
+        gathered = self._enqueuing.get(number)
+        if gathered is not None and gathered.recipients + len(names) > USERS_PER_CALL:
+            self._send_enqueued(number)
+            gathered = None
+        bucket = self._buckets[number]
+        if gathered is None:
+            if not self._enqueuing:
+                self._redis.gather(self._send_all_enqueued)
+            gathered = self._enqueuing[number] = _Gathered([bucket.depth, bucket.due], [], [])
+        for name in names:
+            gathered.keys += bucket.of(name)
+        gathered.words += (*words, len(names), *names)
+        gathered.recipients += len(names)
+        future: asyncio.Future[Sequence[Rejection | None]] = loop.create_future()
+        gathered.waiting.append((future, len(names)))
+        return future
+
+    def _send_all_enqueued(self) -> None:
+        for number in tuple(self._enqueuing):
+            self._send_enqueued(number)
+
+    def _send_enqueued(self, number: int) -> None:
+        """Send what this turn stores in a bucket; before anything else that is about it."""
+        gathered = self._enqueuing.pop(number, None)
+        if gathered is None:
+            return
+        args = (
+            _milliseconds(self._clock),
+            self._max_size_per_user,
+            self._ttl,
+            self._grace,
+            *gathered.words,
+        )
+        try:
+            answer = self._redis.run(self._enqueue, gathered.keys, args, self._enqueued)
+        except Unavailable as error:
+            _fail(gathered.waiting, error)
+            return
+        answer.add_done_callback(partial(_share_out, gathered.waiting))
 
     @staticmethod
     async def _gather(
@@ -218,7 +288,7 @@ class RedisUserLogs:
     ) -> Awaitable[Page]:
         """See `UserLogs.read`. What cannot be read is set aside, and the page goes on without."""
         name = member(tenant, user_id)
-        keys = self._buckets[bucket_of(name)].with_user(name)
+        keys = self._keys_of(name)
         args = (_milliseconds(self._clock), after, max_bytes, name, self._rest)
         return self._redis.run(self._read, keys, args, partial(self._page, name))
 
@@ -246,6 +316,12 @@ class RedisUserLogs:
             Overflow(count, first, last) if count else None,
         )
 
+    def _keys_of(self, name: str) -> tuple[str, str, str, str]:
+        """The keys of a script on a user's log, behind what this turn stores there."""
+        number = bucket_of(name)
+        self._send_enqueued(number)
+        return self._buckets[number].with_user(name)
+
     def _put_aside(self, name: str, ids: Sequence[bytes]) -> None:
         bucket = self._buckets[bucket_of(name)]
         keys = (*bucket.with_user(name), bucket.corrupt)
@@ -265,7 +341,7 @@ class RedisUserLogs:
     def settle(self, tenant: str, user_id: str, ids: Sequence[str]) -> Awaitable[frozenset[str]]:
         """See `UserLogs.settle`."""
         name = member(tenant, user_id)
-        keys = self._buckets[bucket_of(name)].with_user(name)
+        keys = self._keys_of(name)
 
         def found(answer: list[int]) -> frozenset[str]:
             return frozenset([id for id, pending in zip(ids, answer, strict=True) if pending])
@@ -275,13 +351,14 @@ class RedisUserLogs:
     def erase(self, tenant: str, user_id: str) -> Awaitable[int]:
         """See `UserLogs.erase`."""
         name = member(tenant, user_id)
-        keys = self._buckets[bucket_of(name)].with_user(name)
+        keys = self._keys_of(name)
         return self._redis.run(self._erase, keys, (name, self._rest))
 
     async def expire(self) -> int:
         """See `UserLogs.expire`: a look at each bucket, and a call for each user with something
         expired. Cancelled, it has done a part; of several nodes that do it, each counts its own.
         """
+        self._send_all_enqueued()
         expired, self._expired_uncounted = self._expired_uncounted, 0
         for bucket in self._buckets:
             vanished = False
@@ -311,6 +388,7 @@ class RedisUserLogs:
 
     async def depth(self) -> int:
         """See `UserLogs.depth`."""
+        self._send_all_enqueued()
         calls = [self._redis.command("GET", bucket.depth) for bucket in self._buckets]
         return sum(max(0, int(pending or 0)) for pending in await asyncio.gather(*calls))
 
@@ -353,6 +431,8 @@ class RedisAckLedger:
         self._on_acknowledged = on_acknowledged
         self._on_expired = on_expired
         self._clock = clock
+        self._expecting: list[Word] = []
+        self._expected: asyncio.Future[None]
         self._expect = _script("expect", "ledger")
         self._confirm = _script("confirm", "ledger")
         self._sweep = _script("sweep", "ledger")
@@ -363,46 +443,62 @@ class RedisAckLedger:
         """See `AckLedger.expect`."""
         kind = "queued" if queued else "sent"
         name = member(tenant, notification_id)
-        if len(recipients) <= RECIPIENTS_PER_CALL:
-            return self._expect_some(name, kind, recipients)
-        calls = [
-            self._expect_some(name, kind, recipients[start : start + RECIPIENTS_PER_CALL])
-            for start in range(0, len(recipients), RECIPIENTS_PER_CALL)
-        ]
-        return self._all(calls)
+        for start in range(0, len(recipients), RECIPIENTS_PER_CALL):
+            expected = self._expect_some(
+                name, kind, recipients[start : start + RECIPIENTS_PER_CALL]
+            )
+        return expected if recipients else self._expect_some(name, kind, ())
 
-    @staticmethod
-    async def _all(calls: Sequence[asyncio.Future[None]]) -> None:
-        await asyncio.gather(*calls)
+    def expect_each(self, tenant: str, sent: Sequence[tuple[str, str]]) -> Awaitable[None]:
+        """See `AckLedger.expect_each`."""
+        for id, user_id in sent:
+            expected = self._expect_some(member(tenant, id), "sent", (user_id,))
+        return expected
 
     def _expect_some(self, name: str, kind: str, recipients: Sequence[str]) -> asyncio.Future[None]:
-        keys = self._keys
-        return self._redis.run(
-            self._expect,
-            (keys.stats, keys.order, keys.due, keys.record + name, keys.pending + name),
-            (
-                _microseconds(self._clock),
-                self._timeout,
-                self._keep,
-                self._max_pending,
-                kind,
-                name,
-                keys.record,
-                keys.pending,
-                *[f"u{user_id}" for user_id in recipients],
-            ),
-            self._count_expired,
-        )
+        """All that one turn of the loop expects is one call, whose future all of them share."""
+        expecting = self._expecting
+        if expecting and len(expecting) + len(recipients) > RECIPIENTS_PER_CALL:
+            self._send_expected()
+            expecting = self._expecting
+        if not expecting:
+            self._expected = asyncio.get_running_loop().create_future()
+            # Of several parts of one call only the last is waited for.
+            self._expected.add_done_callback(_retrieve)
+            self._redis.gather(self._send_expected)
+        expecting += (kind, name, len(recipients))
+        expecting += [f"u{user_id}" for user_id in recipients]
+        return self._expected
+
+    def _send_expected(self) -> None:
+        """Send what this turn expects; before anything else that is about it."""
+        if not self._expecting:
+            return
+        expected, self._expecting = self._expecting, []
+        keys, future = self._keys, self._expected
+        try:
+            answer = self._redis.run(
+                self._expect,
+                (keys.stats, keys.order, keys.due),
+                (
+                    _microseconds(self._clock),
+                    self._timeout,
+                    self._keep,
+                    self._max_pending,
+                    keys.record,
+                    keys.pending,
+                    *expected,
+                ),
+                self._count_expired,
+            )
+        except Unavailable as error:
+            future.set_exception(error)
+            return
+        answer.add_done_callback(partial(_hand_on, future))
 
     def _count_expired(self, count: int) -> None:
         if count:
             self._on_expired(count)
-
-    def expect_each(self, tenant: str, sent: Sequence[tuple[str, str]]) -> Awaitable[None]:
-        """See `AckLedger.expect_each`."""
-        return self._all(
-            [self._expect_some(member(tenant, id), "sent", (user_id,)) for id, user_id in sent]
-        )
 
     def expect_anyone(self, tenant: str, notification_id: str) -> Awaitable[None]:
         """See `AckLedger.expect_anyone`."""
@@ -433,6 +529,7 @@ class RedisAckLedger:
         how: Literal["a", "t"],
         convert: Callable[[list[int]], Any],
     ) -> asyncio.Future[Any]:
+        self._send_expected()
         keys = [self._keys.stats, self._keys.times]
         for id in ids:
             name = member(tenant, id)
@@ -448,6 +545,7 @@ class RedisAckLedger:
 
     def report(self, tenant: str, notification_id: str) -> Awaitable[AckReport | None]:
         """See `AckLedger.report`."""
+        self._send_expected()
         key = self._keys.record + member(tenant, notification_id)
         return self._redis.command("HGETALL", key, convert=partial(_report, notification_id))
 
@@ -455,6 +553,7 @@ class RedisAckLedger:
         """See `AckLedger.expire`. Cancelled, it has done a part; of several nodes that do it, each
         counts its own.
         """
+        self._send_expected()
         keys = self._keys
         total = 0
         more = True
@@ -476,6 +575,7 @@ class RedisAckLedger:
 
     async def stats(self) -> AckStats:
         """See `AckLedger.stats`."""
+        self._send_expected()
         names = ("pending", "acknowledged", "expired", "total")
         figures, times = await asyncio.gather(
             self._redis.command("HMGET", self._keys.stats, *names),
@@ -490,6 +590,17 @@ class RedisAckLedger:
             average_ms=total / acknowledged / 1000 if acknowledged else None,
             p95_ms=recent[int(len(recent) * 0.95)] / 1000 if recent else None,
         )
+
+
+def _hand_on(waiting: asyncio.Future[None], answer: asyncio.Future[Any]) -> None:
+    if waiting.done():
+        return
+    if answer.cancelled():
+        waiting.cancel()
+    elif (error := answer.exception()) is not None:
+        waiting.set_exception(error)
+    else:
+        waiting.set_result(None)
 
 
 def _report(notification_id: str, answer: list[bytes]) -> AckReport | None:

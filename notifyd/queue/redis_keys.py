@@ -36,7 +36,7 @@ import msgspec
 from notifyd.tenants import encoded
 from notifyd.tenants import scoped as member
 
-BUCKETS = 64
+BUCKETS = 16
 """Part of what is stored: a user is looked for in the bucket that his name gives."""
 
 

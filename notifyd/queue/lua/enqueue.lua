@@ -1,21 +1,19 @@
--- Stores one notification in the logs of several users of one bucket, each at once with its offset,
--- its expiry and the count; a full log gives up its least, or refuses the newcomer if that is it.
+-- Stores notifications in the logs of users of one bucket, each at once with its offset, its expiry
+-- and the count; a full log gives up its least, or refuses the newcomer if that is it.
 --
--- KEYS: depth, due, then log and order of each user
--- ARGV: now or '', max_size_per_user, the queue's ttl, its own expiry or '', grace, id, rank, entry
---       without its expiry, then each user's name (times in ms)
--- Answer: entries given up, entries that had expired, then for each user 0 pending already,
+-- KEYS: depth, due, then log and order of each recipient of each notification
+-- ARGV: now or '', max_size_per_user, the queue's ttl, grace; then for each notification its own
+--       expiry or '', id, rank, entry without its expiry, how many recipients, and each one's name
+--       (times in ms)
+-- Answer: entries given up, entries that had expired, then for each recipient 0 pending already,
 --         1 stored, 2 full
 
 local depth, due = KEYS[1], KEYS[2]
 local now, max_size, ttl = time(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local grace, id, rank = tonumber(ARGV[5]), ARGV[6], tonumber(ARGV[7])
-local expires = now + ttl
-if ARGV[4] ~= '' then
-    expires = math.min(expires, tonumber(ARGV[4]))
-end
-local entry = string.format('%013.0f', expires) .. ARGV[8]
+local grace = tonumber(ARGV[4])
 local given_up, expired, stored, renew = 0, 0, 0, false
+-- The notification that is being stored.
+local id, rank, entry, expires
 
 local function give_up(log, order, victim, offset)
     remove(log, order, {victim})
@@ -102,9 +100,20 @@ local function store(log, order, member)
 end
 
 local answer = {0, 0}
-for user = 1, #ARGV - 8 do
-    local key = 1 + 2 * user
-    answer[user + 2] = store(KEYS[key], KEYS[key + 1], ARGV[user + 8])
+local at, key = 5, 3
+while at <= #ARGV do
+    expires = now + ttl
+    if ARGV[at] ~= '' then
+        expires = math.min(expires, tonumber(ARGV[at]))
+    end
+    id, rank = ARGV[at + 1], tonumber(ARGV[at + 2])
+    entry = string.format('%013.0f', expires) .. ARGV[at + 3]
+    local last = at + 4 + tonumber(ARGV[at + 4])
+    for user = at + 5, last do
+        answer[#answer + 1] = store(KEYS[key], KEYS[key + 1], ARGV[user])
+        key = key + 2
+    end
+    at = last + 1
 end
 local change = stored - given_up - expired
 if change ~= 0 and redis.call('INCRBY', depth, change) == change then
