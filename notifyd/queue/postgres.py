@@ -440,7 +440,7 @@ class PostgresUserLogs:
         if not wanted:
             return 0
         gone = await connection.fetch(QUERIES["drop_stale"], *_columns(wanted, 2), now)
-        counts: dict[int, int] = dict(gone)
+        counts: dict[int, int] = {row["log_id"]: row["count"] for row in gone}
         for log in {item.log.id: item.log for item in items}.values():
             log.pending -= counts.get(log.id, 0)
         return sum(counts.values())
