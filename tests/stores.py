@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import tempfile
 import time
@@ -377,6 +378,12 @@ class Proxy:
     def cut(self) -> None:
         """Reset every connection."""
         for writer in tuple(self._writers):
+            if writer.is_closing():
+                continue
+            # Without this a connection on which nothing waits to be read would end in good order.
+            writer.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
             writer.transport.abort()
         if not self._open.is_set():
             # Who holds something of these connections wakes, and finds them closed.

@@ -91,8 +91,13 @@ class MemoryUserLogs:
             if self._depth >= self._max_messages:
                 return "queue_full"
             log = self._logs[(tenant, user_id)] = _Log(self._last_offset + 1)
-        elif notification.id in log.entries:
-            return None
+        elif (pending := log.entries.get(notification.id)) is not None:
+            if pending.expires_at > self._clock():
+                return None
+            # One that is dead is no reason not to store it anew.
+            del log.entries[notification.id]
+            self._depth -= 1
+            self._expired_uncounted += 1
         if self._full(log):
             # What is dead already makes room before what is alive.
             self._expired_uncounted += self._drop_expired(log, self._clock())

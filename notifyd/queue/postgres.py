@@ -376,6 +376,8 @@ class PostgresUserLogs:
 
         async def work(connection: Connection) -> tuple[int, int]:
             depth = await self._lock_logs(connection, logs, now)
+            stale = await self._drop_stale(connection, calls, items, now)
+            depth -= stale
             crowded = depth + len(items) > self._max_messages
             full = {
                 log.id: log
@@ -390,6 +392,7 @@ class PostgresUserLogs:
                     depth=depth,
                 )
                 kept, dead = await self._make_room(connection, calls, items, full, room, answers)
+            dead += stale
             await self._insert(connection, calls, logs, kept, dead, room)
             return dead, 0 if room is None else room.dropped
 
@@ -420,6 +423,27 @@ class PostgresUserLogs:
             log.pending = pending
             log.looked_through = expires_first <= now
         return depth
+
+    async def _drop_stale(
+        self,
+        connection: Connection,
+        calls: Sequence[_Enqueue],
+        items: Sequence[_Item],
+        now: float,
+    ) -> int:
+        """Take out what is dead and comes anew; how many. Asks only where something may be dead."""
+        wanted = [
+            (item.log.id, calls[item.call].notification.id)
+            for item in items
+            if item.log.looked_through
+        ]
+        if not wanted:
+            return 0
+        gone = await connection.fetch(QUERIES["drop_stale"], *_columns(wanted, 2), now)
+        counts: dict[int, int] = {row["log_id"]: row["count"] for row in gone}
+        for log in {item.log.id: item.log for item in items}.values():
+            log.pending -= counts.get(log.id, 0)
+        return sum(counts.values())
 
     async def _make_room(
         self,

@@ -36,7 +36,7 @@ SILENT = min(10_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 500)
 MEMORY_BYTES = 10 << 20
 PATIENT = 30.0
 NOBODY = b'{"channel":"nobody","event_type":"e","payload":{}}'
-LATENCY = 0.5
+LATENCY = 1.0
 """Seconds that a bystander's Ping may take at worst, on a machine that others load too."""
 
 

@@ -164,11 +164,11 @@ async def test_callers_from_everywhere_take_no_more_than_their_place(
         address = {"X-Forwarded-For": f"198.51.{number // 250}.{number % 250}"}
         return (await host.get("/openapi.json", key=None, headers=address)).status_code
 
-    for first in range(0, 1000, 50):
+    for first in range(0, 200, 50):
         statuses = await asyncio.gather(*(call(first + number) for number in range(50)))
         assert set(statuses) == {200}
         assert max(len(limit) for limit in limits) <= 50
-    assert await call(999) == 429
+    assert await call(199) == 429
     host.clock.advance(1)
     await host.notifyd._backends.sweep()
     assert max(len(limit) for limit in limits) == 0

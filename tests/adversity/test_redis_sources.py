@@ -265,7 +265,9 @@ class Servers:
         self._directory = directory
         self._environment = {
             **{
-                name: value for name, value in os.environ.items() if not name.startswith("NOTIFYD_")
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("NOTIFYD_", "COVERAGE_"))
             },
             "NOTIFYD_AUTH__JWT_SECRET": SECRET,
             "NOTIFYD_AUTH__API_KEY": ADMIN_KEY,

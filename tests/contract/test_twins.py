@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from notifyd.eventually import settled
@@ -84,10 +84,12 @@ async def do_to_logs(logs: UserLogs, clock: Clock, step: Any) -> object:
             return list(await settled(logs.enqueue("acme", users, notification)))
         case ("settle", user, numbers):
             ids = [ID.format(number) for number in numbers]
+            await settled(logs.expire())  # what is dead may have made room already, or not
             return await settled(logs.settle("acme", user, ids))
         case ("read", user, max_bytes):
             return await read_all(logs, user, max_bytes)
         case ("erase", user):
+            await settled(logs.expire())  # as above
             return await settled(logs.erase("acme", user))
         case ("expire",):
             # What a read or an enqueue came across may have been counted before.
@@ -163,7 +165,18 @@ async def emptied(backend: Backend) -> Backend:
     return backend
 
 
+DEAD_AND_SENT_ANEW = [
+    ("enqueue", ["ann"], 0, Priority.LOW, None),
+    ("enqueue", ["ann"], 1, Priority.LOW, None),
+    ("wait", 25),
+    ("enqueue", ["ann"], 0, Priority.LOW, None),
+]
+
+
 @given(steps=st.lists(LOG_STEPS, max_size=40), max_size=st.sampled_from([1, 2, 5]))
+@example(steps=DEAD_AND_SENT_ANEW, max_size=1)
+@example(steps=DEAD_AND_SENT_ANEW, max_size=2)
+@example(steps=DEAD_AND_SENT_ANEW, max_size=5)
 @A_FEW
 async def test_logs(
     store: Backend, steps: list[Any], max_size: int, request: pytest.FixtureRequest

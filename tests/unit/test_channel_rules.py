@@ -175,7 +175,7 @@ def test_a_hostile_pattern_takes_no_time() -> None:
     hostile = "*a" * 60 + "*b"
     assert re.fullmatch(r"[a*b]{122}", hostile)
     glob = Glob.of(hostile)
-    started = time.perf_counter()
+    started = time.process_time()
     for _ in range(100):
         assert not glob.matches("a" * 256)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1

@@ -46,21 +46,39 @@ local function make_room(log, order, size, first)
     return size, first
 end
 
+-- Whether it is there already. One that is dead is no reason not to store it anew: it goes.
+local function pending(log, order)
+    local known = redis.call('HGET', log, id)
+    if not known then
+        return false
+    end
+    if expires_at(known) > now then
+        return true
+    end
+    remove(log, order, {id})
+    expired = expired + 1
+    return false
+end
+
 local function store(log, order, member)
     local size = redis.call('ZCARD', order)
     local known = redis.call('HMGET', log, 'o', 'u', 'x', 'e')
     local first = tonumber(known[3]) or 0
     if size >= max_size then
-        if redis.call('HEXISTS', log, id) == 1 then
+        if pending(log, order) then
             return 0
         end
-        size, first = make_room(log, order, size, first)
+        size, first = make_room(log, order, redis.call('ZCARD', order), first)
         if not size then
             return 2
         end
     end
     if redis.call('HSETNX', log, id, entry) == 0 then
-        return 0
+        if pending(log, order) then
+            return 0
+        end
+        redis.call('HSET', log, id, entry)
+        size = size - 1
     end
     stored = stored + 1
     local offset = (tonumber(known[1]) or 0) + 1

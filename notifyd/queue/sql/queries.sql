@@ -67,6 +67,25 @@ WITH gone AS (
 )
 SELECT log_id, count(*) AS count FROM gone GROUP BY log_id
 
+-- name: drop_stale
+-- What is to be stored and is there already, but dead, is no reason not to store it; returns how
+-- many of each log went.
+WITH gone AS (
+    DELETE FROM notifyd_entries AS entry
+    USING unnest($1::bigint[], $2::uuid[]) AS wanted (log_id, notification_id)
+    WHERE entry.log_id = wanted.log_id AND entry.notification_id = wanted.notification_id
+        AND entry.corrupt IS NULL AND entry.expires_at <= $3
+    RETURNING entry.log_id
+), counted AS (
+    SELECT log_id, count(*) AS count FROM gone GROUP BY log_id
+), told AS (
+    UPDATE notifyd_logs AS log
+    SET pending = log.pending - counted.count
+    FROM counted
+    WHERE log.id = counted.log_id
+)
+SELECT log_id, count FROM counted
+
 -- name: find_least
 -- What full logs would give up first: lowest priority, of that the oldest; as many as are new.
 SELECT wanted.log_id, least_of.priority, least_of.entry_offset
