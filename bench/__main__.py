@@ -17,8 +17,9 @@ from bench.scenarios import SCENARIOS as OWN_SCENARIOS
 from bench.scenarios import open_bench
 from bench.store_scenarios import STORE_SCENARIOS
 from bench.subjects import DEFAULT_COMMAND
+from bench.trigger_scenarios import TRIGGER_SCENARIOS
 
-SCENARIOS = {**OWN_SCENARIOS, **STORE_SCENARIOS}
+SCENARIOS = {**OWN_SCENARIOS, **STORE_SCENARIOS, **TRIGGER_SCENARIOS}
 RESULTS = Path(__file__).parent / "results.md"
 
 

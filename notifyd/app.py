@@ -40,6 +40,8 @@ from notifyd.connections.registry import Registry
 from notifyd.connections.replay import Replayer
 from notifyd.dispatch.confirmation import Confirmations
 from notifyd.dispatch.dispatcher import Dispatcher
+from notifyd.dispatch.redis_sources import RedisSources
+from notifyd.dispatch.redis_trigger import only_default_tenant
 from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.errors import ConfigurationError, Unauthorized, Unavailable
 from notifyd.eventually import Eventually, settled
@@ -60,6 +62,7 @@ from notifyd.settings import problems
 T = TypeVar("T")
 
 DRAIN_PER_TURN = 200
+SWEEP_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 _IN_PROCESS = Principal(name="in process", scopes=frozenset({"publish"}))
 
@@ -181,6 +184,7 @@ class Notifyd(PublishingCalls):
             clock=clock,
             spread=spread,
             spawn=self._tasks.spawn,
+            rate_limits=self._backends.rate_limits,
         )
         self._writes.on_returned = self.lifecycle.replay_again
         dispatcher = Dispatcher(
@@ -194,6 +198,7 @@ class Notifyd(PublishingCalls):
             clock,
             store_first=settings.queue.mode == "always",
         )
+        self._sources = self._make_sources(dispatcher)
         self.guard = Guard(
             api_keys=ApiKeys(auth, clock=clock),
             identify=identify_with(admission)
@@ -204,6 +209,7 @@ class Notifyd(PublishingCalls):
             idempotency=self._backends.idempotency,
             metrics=self.metrics,
             production=production,
+            rate_limits=self._backends.rate_limits,
         )
         # Its users come by tokens of ours: not where the application knows them by itself.
         demo = None
@@ -238,6 +244,24 @@ class Notifyd(PublishingCalls):
         self.proxies = TrustedProxies(settings.server.forwarded_allow_ips)
         self.spread = spread
         self.app = self._application(authenticate)
+
+    def _make_sources(self, dispatcher: Dispatcher) -> RedisSources | None:
+        settings, backends = self.settings, self._backends
+        if backends.redis is None or not settings.redis.has_sources:
+            return None
+        return RedisSources(
+            settings.redis,
+            backends.redis,
+            backends.redis_keys,
+            dispatcher,
+            templates=backends.templates,
+            idempotency=backends.idempotency,
+            metrics=self.metrics,
+            clock=self._clock,
+            tenant_of=only_default_tenant,
+            clustered=False,
+            ledger_in_redis=settings.ack.enabled and settings.ack.backend == "redis",
+        )
 
     def _application(self, authenticate: Authenticate | None) -> Starlette:
         realtime = Realtime(
@@ -320,6 +344,10 @@ class Notifyd(PublishingCalls):
             seconds = self.settings.ack.cleanup_interval_seconds
             expire_acks = partial(_expire, self._ledger)
             self._tasks.every(seconds, expire_acks, "expiring acknowledgements")
+        if self._backends.rate_limits is not None:
+            self._tasks.every(SWEEP_SECONDS, self._backends.sweep, "sweeping rate limits")
+        if self._sources is not None:
+            self._sources.start()
         self._phase = "ready"
 
     async def _expire_logs(self, logs: UserLogs) -> None:
@@ -335,6 +363,9 @@ class Notifyd(PublishingCalls):
     async def drain(self) -> None:
         """Tell every client that the server stops and when to come back, and close."""
         self._phase = "draining"
+        if self._sources is not None:
+            # Before anybody leaves: what is not taken here is another node's, or stays in a stream.
+            await self._sources.aclose()
         for index, connection in enumerate(self.lifecycle.begin_drain()):
             if connection.state is not State.CLOSED:
                 self.lifecycle.go_away(connection, "the server is shutting down")

@@ -34,6 +34,11 @@ from notifyd.queue.redis import (
     RedisUserLogs,
 )
 from notifyd.queue.redis_keys import RedisKeys
+from notifyd.ratelimit.base import Limit
+from notifyd.ratelimit.bucket import Rate
+from notifyd.ratelimit.limits import RateLimits, Rates
+from notifyd.ratelimit.local import MAX_BUCKETS, LocalLimit
+from notifyd.ratelimit.redis import RedisLimit
 from notifyd.redis_client import Redis
 from notifyd.resilience import BreakerState, CircuitBreaker
 from notifyd.templates import CachedTemplates, MemoryTemplates, TemplateStore
@@ -73,6 +78,8 @@ class Backends:
         kept_in: Backend = settings.queue.backend if settings.queue.enabled else "memory"
         self.templates = self._make_templates(kept_in)
         self.idempotency = self._make_idempotency_keys(kept_in)
+        self._local_limits: list[LocalLimit] = []
+        self.rate_limits = self._make_rate_limits() if settings.ratelimit.enabled else None
         required: set[StoreName] = set()
         if settings.queue.mode == "always" and kept_in != "memory":
             # Without it nothing can be sent to a user.
@@ -222,6 +229,17 @@ class Backends:
             return FallbackIdempotencyKeys(in_postgres, memory)
         return memory
 
+    def _make_rate_limits(self) -> RateLimits:
+        settings = self._settings
+        return RateLimits(Rates(settings.ratelimit, settings.auth), self._make_limit, self._metrics)
+
+    def _make_limit(self, name: str, rate: Rate) -> Limit:
+        local = LocalLimit(rate, clock=self._clock, max_buckets=MAX_BUCKETS)
+        self._local_limits.append(local)
+        if self.redis is not None and self._settings.ratelimit.backend == "redis":
+            return RedisLimit(self.redis, self.redis_keys, name, local)
+        return local
+
     def _corrupt(self, reason: str) -> None:
         self._metrics.queue_corrupt_total.labels(reason).inc()
 
@@ -257,6 +275,11 @@ class Backends:
         for store in (self.redis, self.postgres):
             if store is not None:
                 spawn(store.watch())
+
+    async def sweep(self) -> None:
+        """Forget callers whose rate they have not used for long."""
+        for limit in self._local_limits:
+            await limit.sweep()
 
     def on_back(self, tell: Callable[[], None]) -> None:
         """Call `tell` each time when the store of the logs is back."""

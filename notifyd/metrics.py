@@ -22,7 +22,7 @@ PREFIX = "notifyd_"
 
 TRANSPORTS = ("websocket", "sse")
 TARGETS = ("user", "users", "broadcast", "channel", "channels")
-SOURCES = ("http", "python")
+SOURCES = ("http", "python", "redis", "redis_stream")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 STATUSES = tuple(str(status.value) for status in HTTPStatus)
 CLOSE_REASONS = (
@@ -36,12 +36,12 @@ CLOSE_REASONS = (
     "unauthorized",  # 4001
     "forbidden",  # 4003
     "slow",  # 4008
-    "connection_limit",  # 4009 and 4029
     "evicted",  # 4009, for a newer connection of the same user
     "token_expired",  # 4010
     "idle",  # 4012
     "rate_limited",  # 4029
 )
+LIMITED = ("http", "connection", "message")
 CORRUPT_REASONS = ("not_json", "version", "shape", "template")
 FAILURE_REASONS = ("queue_full", "slow", "unavailable", "too_large")
 
@@ -355,12 +355,32 @@ class Metrics:
         self.ack_seconds = self._histogram(
             "ack_seconds", "From delivery to acknowledgement.", MILLISECONDS_TO_MINUTES
         )
+        self.ratelimit_allowed_total = self._counters(
+            "ratelimit_allowed_total",
+            "Requests, handshakes and messages let through, where limits are on.",
+            kind=LIMITED,
+        )
+        self.ratelimit_denied_total = self._counters(
+            "ratelimit_denied_total",
+            "Requests, handshakes and messages that were over a rate.",
+            kind=LIMITED,
+        )
         self.redis_up = self._gauge("redis_up", "Whether there is a connection to Redis (1 or 0).")
         self.redis_breaker_state = self._gauge(
             "redis_breaker_state", "The breaker of Redis: 0 closed, 1 open, 2 half open."
         )
         self.redis_reconnects_total = self._counter(
             "redis_reconnects_total", "Connections to Redis after the first one."
+        )
+        self.redis_bad_messages_total = self._counter(
+            "redis_bad_messages_total", "Messages in Redis that could not be used."
+        )
+        self.redis_dead_letters_total = self._counter(
+            "redis_dead_letters_total", "Entries of the stream put aside, for they cannot be used."
+        )
+        self.redis_trigger_active = self._gauge(
+            "redis_trigger_active",
+            "Whether this node has subscribed to the trigger's patterns (1 or 0).",
         )
         self.postgres_up = self._gauge(
             "postgres_up", "Whether PostgreSQL answered last time (1 or 0)."

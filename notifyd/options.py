@@ -42,6 +42,8 @@ ADDRESS = Meta(extra={"address": True})
 
 Backend = Literal["memory", "redis", "postgres"]
 
+RATE = "^[1-9][0-9]{0,5}/(second|minute|hour|day)$"
+
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Some options. Secret ones never show in its repr, and so in no log and no traceback."""
@@ -139,6 +141,10 @@ class ApiKeySettings(Section, frozen=True, kw_only=True):
     expires_at: Annotated[
         Annotated[datetime, Meta(tz=True)] | None, says("When it ends, with its time zone.")
     ] = None
+    rate: Annotated[
+        Annotated[str, Meta(pattern=RATE)] | None,
+        says("A rate of its own, as 1000/hour; needs ratelimit.enabled."),
+    ] = None
 
 
 class AuthSettings(Section, frozen=True, kw_only=True):
@@ -220,7 +226,7 @@ class AuthSettings(Section, frozen=True, kw_only=True):
         tuple[ApiKeySettings, ...],
         says(
             "Keys of backends: name, key or sha256 (hex), scopes (read, publish, admin; admin if "
-            "not given), expires_at.",
+            "not given), expires_at, rate (as 1000/hour, instead of that of ratelimit).",
             example=[{"name": "shop", "key": "…", "scopes": ["publish"]}],
         ),
     ] = ()
@@ -392,8 +398,45 @@ class IdempotencySettings(Section, frozen=True, kw_only=True):
     max_keys: Annotated[int, count("keys"), says("Keys remembered, the last ones.")] = 100_000
 
 
+class RateLimitSettings(Section, frozen=True, kw_only=True):
+    """How often one caller may call, connect and speak."""
+
+    enabled: Annotated[bool, says("Whether there are any limits of this kind.")] = False
+    backend: Annotated[
+        Literal["local", "redis"],
+        says(
+            "Who counts: each node by itself (`local`), or all nodes together (`redis`), but for "
+            "messages, which belong to one connection."
+        ),
+    ] = "local"
+    http_requests_per_second: Annotated[
+        int,
+        count("requests", 1, 1_000_000),
+        says(
+            "Requests of one API key, unless it has a rate of its own, or of one address where "
+            "there is no key. Health checks are not counted."
+        ),
+    ] = 100
+    http_burst: Annotated[
+        int, count("requests", 1, 1_000_000), says("So many at once, after a pause.")
+    ] = 200
+    ws_connections_per_minute: Annotated[
+        int,
+        count("connections", 1, 1_000_000),
+        says("Handshakes from one address, WebSocket and SSE; so many at once, after a pause."),
+    ] = 60
+    ws_messages_per_second: Annotated[
+        int,
+        count("messages", 1, 1_000_000),
+        says("Messages of one WebSocket, without acks of what was delivered to it."),
+    ] = 50
+    ws_messages_burst: Annotated[
+        int, count("messages", 1, 1_000_000), says("So many at once, after a pause.")
+    ] = 200
+
+
 class RedisSettings(Section, frozen=True, kw_only=True):
-    """Redis 6.2 or newer; used where a backend says so."""
+    """Redis 6.2 or newer; used where a backend says so, and where notifications come from it."""
 
     url: Annotated[
         Text,
@@ -411,6 +454,35 @@ class RedisSettings(Section, frozen=True, kw_only=True):
     command_timeout_seconds: Annotated[
         Seconds, says("An answer that takes longer is a failure.")
     ] = 2
+    trigger_enabled: Annotated[
+        bool,
+        says(
+            "Whether what services publish to Redis channels is sent as notifications. Who may "
+            "publish there may send to anybody."
+        ),
+    ] = False
+    trigger_patterns: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...],
+        says(
+            "Channels that are subscribed to, as PSUBSCRIBE takes them. Of those that end in "
+            ":user:*, :channel:*, :broadcast, :users or :channels, the name says the type, and a "
+            "single target."
+        ),
+    ] = ("notification:user:*", "notification:broadcast", "notification:channel:*")
+    stream_key: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=512)] | None,
+        says(
+            "A stream that is read too, and loses nothing: its consumer group is called as "
+            "key_prefix, and what cannot be used goes to a stream of this name with :dead behind "
+            "it.",
+            example="notifications",
+        ),
+    ] = None
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether notifications come from there."""
+        return self.trigger_enabled or self.stream_key is not None
 
 
 class PostgresSettings(Section, frozen=True, kw_only=True):
@@ -514,6 +586,7 @@ class Settings(Section, frozen=True, kw_only=True):
     queue: QueueSettings = QueueSettings()
     ack: AckSettings = AckSettings()
     idempotency: IdempotencySettings = IdempotencySettings()
+    ratelimit: RateLimitSettings = RateLimitSettings()
     redis: RedisSettings = RedisSettings()
     breaker: BreakerSettings = BreakerSettings()
     postgres: PostgresSettings = PostgresSettings()
@@ -535,12 +608,15 @@ class Settings(Section, frozen=True, kw_only=True):
 
     @property
     def backends(self) -> frozenset[Backend]:
-        """The backends that something is kept in."""
+        """The backends that something is kept in, or comes from."""
         chosen: set[Backend] = set()
         if self.queue.enabled:
             chosen.add(self.queue.backend)
         if self.ack.enabled:
             chosen.add(self.ack.backend)
+        limits_in_redis = self.ratelimit.enabled and self.ratelimit.backend == "redis"
+        if limits_in_redis or self.redis.has_sources:
+            chosen.add("redis")
         return frozenset(chosen)
 
 

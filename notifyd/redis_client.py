@@ -16,7 +16,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.resources.abc import Traversable
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import hiredis
@@ -49,11 +49,12 @@ _FAILURES = (
     "max number of clients",
 )
 
+ProtocolT = TypeVar("ProtocolT", bound=asyncio.Protocol)
 Convert = Callable[[Any], Any]
 Word = str | bytes | int | float
 
 # Its type says a tuple of one.
-_pack: Callable[[tuple[Word, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
+pack: Callable[[tuple[Word, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
 
 
 class Script:
@@ -64,7 +65,7 @@ class Script:
     def __init__(self, name: str, source: bytes) -> None:
         self.name = name
         self.sha = hashlib.sha1(source, usedforsecurity=False).hexdigest()
-        self.load: bytes = _pack(("SCRIPT", "LOAD", source))
+        self.load: bytes = pack(("SCRIPT", "LOAD", source))
 
     @classmethod
     def read(cls, file: Traversable) -> Script:
@@ -247,6 +248,7 @@ class Redis:
         self.breaker = breaker
         self.up = False
         """Whether there is a connection."""
+        self._url = url
         self._address = RedisAddress.parse(url)
         self._timeout = timeout
         self._backoff = backoff or Backoff(0.1, 5.0)
@@ -281,12 +283,12 @@ class Redis:
         time, or not with what was asked for. Cancelled, the call is made all the same unless it has
         not been sent. It is sent at the end of this turn, awaited or not.
         """
-        packed = _pack(("EVALSHA", script.sha, len(keys), *keys, *args))
+        packed = pack(("EVALSHA", script.sha, len(keys), *keys, *args))
         return self._put(packed, convert, script)
 
     def command(self, *words: Word, convert: Convert | None = None) -> asyncio.Future[Any]:
         """Make one call that is no script, in the manner of `run`."""
-        return self._put(_pack(words), convert, None)
+        return self._put(pack(words), convert, None)
 
     def _put(
         self, packed: bytes, convert: Convert | None, script: Script | None
@@ -414,7 +416,7 @@ class Redis:
             if self._link is None:
                 raise ConnectionError("no connection")
         future = asyncio.get_running_loop().create_future()
-        call = _Call(_pack(self._probe_command), future, None, None)
+        call = _Call(pack(self._probe_command), future, None, None)
         deadline = asyncio.get_running_loop().time() + self._timeout
         self._link.send([call], deadline, _UNCOUNTED)
         await future
@@ -448,16 +450,8 @@ class Redis:
 
     async def _connect(self) -> None:
         """Make a connection and send what waits for it. Raises OSError or TimeoutError."""
-        address = self._address
-        loop = asyncio.get_running_loop()
         async with asyncio.timeout(self._timeout):
-            if address.path is not None:
-                _, link = await loop.create_unix_connection(lambda: _Link(self), address.path)
-            else:
-                tls = ssl.create_default_context(cafile=address.ca_file) if address.tls else None
-                _, link = await loop.create_connection(
-                    lambda: _Link(self), address.host, address.port, ssl=tls
-                )
+            link = await self.open(lambda: _Link(self))
             try:
                 await self._shake_hands(link)
             except BaseException:
@@ -468,7 +462,20 @@ class Redis:
         self._set_up(True)
         self._flush()
 
-    async def _shake_hands(self, link: _Link) -> None:
+    async def open(self, make: Callable[[], ProtocolT]) -> ProtocolT:
+        """Another connection to the same Redis, its caller's own. Raises OSError.
+
+        What `greeting` says is to be sent first.
+        """
+        address = self._address
+        loop = asyncio.get_running_loop()
+        if address.path is not None:
+            return (await loop.create_unix_connection(make, address.path))[1]
+        tls = ssl.create_default_context(cafile=address.ca_file) if address.tls else None
+        return (await loop.create_connection(make, address.host, address.port, ssl=tls))[1]
+
+    def greeting(self) -> list[bytes]:
+        """The commands that a new connection begins with, packed; each has one answer."""
         address = self._address
         commands: list[tuple[Word, ...]] = [("CLIENT", "SETNAME", "notifyd"), ("PING",)]
         if address.database:
@@ -476,8 +483,18 @@ class Redis:
         if address.password is not None:
             names = () if address.username is None else (address.username,)
             commands.insert(0, ("AUTH", *names, address.password))
+        return [pack(each) for each in commands]
+
+    def another(self, *, timeout: float) -> Redis:
+        """A client of the same Redis with a connection of its own, for calls that block.
+
+        Its answers may take `timeout` seconds. The breaker is shared, so that it needs no `watch`.
+        """
+        return Redis(self._url, self.breaker, timeout=timeout)
+
+    async def _shake_hands(self, link: _Link) -> None:
         loop = asyncio.get_running_loop()
-        calls = [_Call(_pack(each), loop.create_future(), None, None) for each in commands]
+        calls = [_Call(each, loop.create_future(), None, None) for each in self.greeting()]
         link.send(calls, loop.time() + self._timeout, _UNCOUNTED)
         answers = await asyncio.gather(*(call.future for call in calls), return_exceptions=True)
         for answer in answers:
@@ -492,14 +509,14 @@ class Redis:
             self._was_up = True
         self._on_up(up)
 
-    async def aclose(self) -> None:
-        """Wait for the answers that are out, two seconds at most, and close the connection."""
+    async def aclose(self, seconds: float = _CLOSE_SECONDS) -> None:
+        """Wait for the answers that are out, `seconds` at most, and close the connection."""
         link = self._link
         if link is not None:
             self._flush()
             pending = [call.future for call in link.unanswered if not call.future.done()]
-            if pending:
-                await asyncio.wait(pending, timeout=_CLOSE_SECONDS)
+            if pending and seconds > 0:
+                await asyncio.wait(pending, timeout=seconds)
         self._closed = True
         if self._again is not None:
             self._again.cancel()

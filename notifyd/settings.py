@@ -24,6 +24,7 @@ from msgspec import inspect
 from notifyd.errors import ConfigurationError
 from notifyd.identity import DEFAULT_TENANT
 from notifyd.options import (
+    RATE,
     AckSettings,
     ApiKeySettings,
     AuthSettings,
@@ -37,6 +38,7 @@ from notifyd.options import (
     Option,
     PostgresSettings,
     QueueSettings,
+    RateLimitSettings,
     RedisSettings,
     ServerSettings,
     Settings,
@@ -62,6 +64,7 @@ __all__ = [
     "Option",
     "PostgresSettings",
     "QueueSettings",
+    "RateLimitSettings",
     "RedisSettings",
     "ServerSettings",
     "Settings",
@@ -118,7 +121,7 @@ def problems(settings: Settings) -> list[str]:
         *_server(settings.server),
         *_secrets(settings.auth),
         *_public_keys(settings.auth, production=settings.production),
-        *_api_keys(settings.auth),
+        *_api_keys(settings.auth, limited=settings.ratelimit.enabled),
         *_patterns(settings.channels),
         *_origins(settings.cors),
     ]
@@ -404,7 +407,7 @@ def _public_keys(auth: AuthSettings, *, production: bool) -> Iterator[str]:
             yield f'auth.jwks_url: "{auth.jwks_url}" is refused in production; use https'
 
 
-def _api_keys(auth: AuthSettings) -> Iterator[str]:
+def _api_keys(auth: AuthSettings, *, limited: bool) -> Iterator[str]:
     names: set[str] = set()
     for index, key in enumerate(auth.api_keys):
         option = f'auth.api_keys[{index}] ("{key.name}")'
@@ -413,6 +416,13 @@ def _api_keys(auth: AuthSettings) -> Iterator[str]:
         if key.name in names:
             yield f"{option}: another key has this name; give it one of its own"
         names.add(key.name)
+        if key.rate is not None and not limited:
+            yield (
+                f'{option}: rate "{key.rate}" holds only where limits are on; set '
+                "ratelimit.enabled to true, or remove it"
+            )
+        elif key.rate is not None and not re.search(RATE, key.rate):
+            yield f'{option}: rate "{key.rate}" is no rate; write it as "1000/hour"'
         if key.tenant_id not in {None, DEFAULT_TENANT}:
             yield (
                 f'{option}: tenant_id "{key.tenant_id}" is refused, there are no tenants but '
@@ -474,6 +484,11 @@ def _stores(settings: Settings) -> Iterator[str]:
             break
     if "redis" in settings.backends:
         yield from _redis_url(settings.redis.url)
+    if settings.redis.trigger_enabled and not settings.redis.trigger_patterns:
+        yield (
+            "redis.trigger_patterns: is empty, so that the trigger hears nothing; name patterns, "
+            "or set redis.trigger_enabled to false"
+        )
     if "postgres" in settings.backends and postgres.url is not None:
         yield from _postgres_url(postgres.url)
 

@@ -74,6 +74,17 @@ class Clock:
         self.ahead += seconds
 
 
+class StillClock(Clock):
+    """Stands still from now on, but for what `advance` was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.since = time.time()
+
+    def __call__(self) -> float:
+        return self.since + self.ahead
+
+
 def settings_of(**given: dict[str, Any]) -> Settings:
     """Settings of a test: development with known keys, and what is given by section over it."""
     made: dict[str, Any] = {}
@@ -638,6 +649,7 @@ async def running(
     tls: ssl.SSLContext | None = None,
     embed: Callable[[Notifyd], ASGIApp] | None = None,
     root: str = "",
+    clock: Clock | None = None,
     **given: dict[str, Any],
 ) -> AsyncIterator[Host]:
     """A server while the block runs; `given` are sections of settings, as `settings_of` has them.
@@ -645,7 +657,7 @@ async def running(
     `tls` is what its clients verify its certificate with; `embed` mounts it under `root` in an
     application of the test's own.
     """
-    clock = Clock()
+    clock = clock or Clock()
     notifyd = Notifyd(settings or settings_of(**given), authenticate=authenticate, clock=clock)
     host = Host(lane, notifyd, clock, app=embed(notifyd) if embed else None, root=root)
     if tls is not None:

@@ -28,7 +28,7 @@ from notifyd.errors import (
     Unavailable,
     ValidationError,
 )
-from notifyd.eventually import Eventually, is_awaitable, then
+from notifyd.eventually import Eventually, is_awaitable, settled, then
 from notifyd.idempotency import (
     MAX_KEY_BYTES,
     Answered,
@@ -41,6 +41,8 @@ from notifyd.idempotency import (
 from notifyd.identifiers import request_id
 from notifyd.identity import DEFAULT_TENANT, Identity, Principal
 from notifyd.metrics import Counter, Metrics
+from notifyd.ratelimit.base import RateExceeded, Verdict
+from notifyd.ratelimit.limits import RateLimits
 
 MAX_BODY_BYTES = 65536
 RETRY_AFTER_SECONDS = 1
@@ -56,6 +58,10 @@ encode = msgspec.json.Encoder().encode
 _LOOKED_AT = frozenset(
     {b"x-api-key", b"authorization", b"x-request-id", b"x-tenant-id", b"idempotency-key", b"origin"}
 )
+_EXPOSED = (
+    b"X-Request-ID, Retry-After, Idempotent-Replay, "
+    b"X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
+)
 _REPLAYED: Headers = ((b"idempotent-replay", b"true"),)
 _NO_PRINCIPAL = Principal(name="", scopes=frozenset())
 _NO_IDENTITY = Identity(user_id="")
@@ -66,7 +72,7 @@ class Request:
 
     `route` is the path's pattern, `path_params` its decoded parts, `query` what stood behind the
     question mark; header names are in lower case. `scope` is the ASGI scope where there is one,
-    `source` the way it came in, for the metrics. The last five are filled in by the guard.
+    `source` the way it came in, for the metrics. The last six are filled in by the guard.
     """
 
     __slots__ = (
@@ -84,6 +90,7 @@ class Request:
         "scope",
         "source",
         "tenant",
+        "verdict",
     )
 
     def __init__(  # noqa: PLR0917  # made for every request, where keywords would cost
@@ -111,6 +118,7 @@ class Request:
         self.principal = _NO_PRINCIPAL
         self.identity = _NO_IDENTITY
         self.idempotency_key: str | None = None
+        self.verdict: Verdict | None = None
 
     def header(self, name: bytes) -> bytes | None:
         """The first header of that name, in lower case."""
@@ -173,7 +181,8 @@ class Guard:
     """What all endpoints share.
 
     `identify` turns a request into the user who sends it (raises Unauthorized and its like);
-    `credentials` tells browsers that cookies may come along.
+    `credentials` tells browsers that cookies may come along. `rate_limits` is None where limits are
+    off.
     """
 
     def __init__(
@@ -186,6 +195,7 @@ class Guard:
         idempotency: IdempotencyKeys,
         metrics: Metrics,
         production: bool,
+        rate_limits: RateLimits | None = None,
     ) -> None:
         self.api_keys = api_keys
         self.identify = identify
@@ -194,6 +204,7 @@ class Guard:
         self.idempotency = idempotency
         self.metrics = metrics
         self.production = production
+        self.rate_limits = rate_limits
         self._log = structlog.get_logger("notifyd.api")
 
     # --- who calls ---
@@ -209,6 +220,24 @@ class Guard:
             return self.api_keys.authenticate(key).may("read")
         except Unauthorized:
             return False
+
+    # --- how often ---
+
+    def take(self, request: Request, access: Access, limits: RateLimits) -> Eventually[Verdict]:
+        """A token for a request: of its API key, or of its address where there is none that is
+        known. Nothing else is looked at yet.
+        """
+        key = None
+        if access != "user":
+            key = request.header(b"x-api-key") or bearer(request.header(b"authorization"))
+        if key is not None:
+            try:
+                name = self.api_keys.authenticate(key).name
+            except Unauthorized:
+                # Who guesses keys is limited by address; the endpoint refuses him.
+                return limits.request_by_address(request.address)
+            return limits.request_by_key(name)
+        return limits.request_by_address(request.address)
 
     # --- idempotency ---
 
@@ -269,6 +298,8 @@ class Guard:
         headers: list[tuple[bytes, bytes]] = []
         if error.http_status in {429, 503}:
             headers.append((b"retry-after", b"%d" % (error.retry_after or RETRY_AFTER_SECONDS)))
+            if isinstance(error, RateExceeded):
+                headers += _rate_headers(error.verdict)
         elif error.http_status == 401:
             headers.append((b"www-authenticate", b"Bearer"))  # RFC 9110, section 11.6.1
         return Answer(error.http_status, self._error_body(error), tuple(headers))
@@ -301,7 +332,7 @@ class Guard:
             return ((b"vary", b"Origin"),)
         headers: Headers = (
             (b"access-control-allow-origin", origin),
-            (b"access-control-expose-headers", b"X-Request-ID, Retry-After, Idempotent-Replay"),
+            (b"access-control-expose-headers", _EXPOSED),
             (b"vary", b"Origin"),
         )
         if self.credentials:
@@ -338,6 +369,7 @@ class Endpoint:
         "_authenticate",
         "_counters",
         "_guard",
+        "_limits",
         "_needs_key",
         "_seconds",
         "access",
@@ -362,7 +394,9 @@ class Endpoint:
         max_body: int = MAX_BODY_BYTES,
         status: int = 200,
         idempotent: bool = False,
+        limited: bool = True,
     ) -> None:
+        """`limited`: it counts against the caller's rate, where limits are on."""
         self.method = method
         self.path = path
         self.handler = handler
@@ -373,16 +407,25 @@ class Endpoint:
         self.idempotent = idempotent
         self._needs_key = access not in {"user", "open"}
         self._guard = guard
+        self._limits = guard.rate_limits if limited else None
         self._authenticate = guard.api_keys.authenticate
         self._seconds = guard.metrics.http_request_seconds
         self._counters: dict[tuple[str, int], Counter] = {}
         self._answered = self._counter(method, status)
 
+    @property
+    def limited(self) -> bool:
+        """Whether callers may come too often."""
+        return self._limits is not None
+
     def __call__(  # noqa: PLR0912  # the hot path: one pass over the headers, no calls
-        self, request: Request
+        self, request: Request, since: float | None = None
     ) -> Eventually[Answer]:
-        """Answer a request: at once, or when what is returned was awaited."""
-        started = perf_counter()
+        """Answer a request: at once, or when what is returned was awaited.
+
+        `since`: the `perf_counter` of its arrival, if that was not just now.
+        """
+        started = perf_counter() if since is None else since
         key = authorization = offered_id = tenant = idempotency_key = origin = None
         for name, value in request.headers:
             if name in _LOOKED_AT:
@@ -402,6 +445,10 @@ class Endpoint:
         access = self.access
         result: Eventually[msgspec.Struct | None]
         try:
+            if self._limits is not None:
+                later = self._limit(request, started, self._limits)
+                if later is not None:
+                    return later
             if self._needs_key:
                 request.principal = principal = self._authenticate(
                     key or _bearer_key(authorization)
@@ -437,6 +484,29 @@ class Endpoint:
         except Exception as error:  # noqa: BLE001  # the one place that turns a fault into a 500, and logs it
             result = self._guard.refusal(request, error)
         return self._conclude(request, started, origin, result)
+
+    def _limit(
+        self, request: Request, started: float, limits: RateLimits
+    ) -> Awaitable[Answer] | None:
+        """Count a request against its caller's rate; where that must be awaited, the whole answer.
+
+        Raises RateExceeded.
+        """
+        verdict = request.verdict
+        if verdict is None:
+            taken = self._guard.take(request, self.access, limits)
+            if is_awaitable(taken):
+                return self._when_taken(request, started, taken)
+            verdict = request.verdict = taken
+        if not verdict.allowed:
+            raise _too_often(verdict)
+        return None
+
+    async def _when_taken(
+        self, request: Request, started: float, taken: Awaitable[Verdict]
+    ) -> Answer:
+        request.verdict = await taken
+        return await settled(self(request, started))
 
     def check_caller(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Look at the API key before a large body is taken in, so that strangers fill no memory.
@@ -482,8 +552,23 @@ class Endpoint:
         request.request_id = request_id(request.header(b"x-request-id"))
         return self._conclude(request, perf_counter(), request.header(b"origin"), answer)
 
-    def refuse(self, request: Request, error: NotifydError, headers: Headers = ()) -> Answer:
-        """The answer to a request that does not get as far as the handler; counted."""
+    def refuse(
+        self, request: Request, error: NotifydError, headers: Headers = ()
+    ) -> Eventually[Answer]:
+        """The answer to a request that does not get as far as the handler; counted, against the
+        caller's rate too.
+        """
+        if self._limits is None:
+            return self._refused(request, error, headers)
+
+        def limited(verdict: Verdict) -> Answer:
+            request.verdict = verdict
+            told = error if verdict.allowed else _too_often(verdict)
+            return self._refused(request, told, headers)
+
+        return then(self._guard.take(request, self.access, self._limits), limited)
+
+    def _refused(self, request: Request, error: NotifydError, headers: Headers) -> Answer:
         refusal = self._guard.refusal(request, error)
         return self.finish(
             request, msgspec.structs.replace(refusal, headers=refusal.headers + headers)
@@ -527,6 +612,9 @@ class Endpoint:
         headers: Headers = ((b"x-request-id", request.request_id.encode()),)
         if origin is not None:
             headers += self._guard.cors(origin)
+        verdict = request.verdict
+        if verdict is not None and verdict.allowed:
+            headers += _rate_headers(verdict)
         if type(result) is Answer:
             answer = Answer(
                 result.status, result.body, result.headers + headers, result.content_type
@@ -570,6 +658,18 @@ def _error_in(answer: Answer) -> NotifydError:
     return _ERRORS.get(told.code, Internal)(
         told.message, field=details.field, constraint=details.constraint, hint=told.hint
     )
+
+
+def _rate_headers(verdict: Verdict) -> Headers:
+    return (
+        (b"x-ratelimit-limit", b"%d" % verdict.limit),
+        (b"x-ratelimit-remaining", b"%d" % verdict.remaining),
+        (b"x-ratelimit-reset", b"%d" % verdict.reset_at),
+    )
+
+
+def _too_often(verdict: Verdict) -> RateExceeded:
+    return RateExceeded("Too many requests.", verdict)
 
 
 def too_large(limit: int) -> PayloadTooLarge:

@@ -106,6 +106,7 @@ class Operations:
                 self.health,
                 Description("How the server does", tag, answer=Health),
                 access="open",
+                limited=False,
             ),
             Endpoint(
                 guard,
@@ -114,6 +115,7 @@ class Operations:
                 self.live,
                 Description("Whether the server lives", tag, answer=Alive),
                 access="open",
+                limited=False,
             ),
             Endpoint(
                 guard,
@@ -122,6 +124,7 @@ class Operations:
                 self.ready,
                 Description("Whether the server is ready", tag, answer=Ready, errors=(503,)),
                 access="open",
+                limited=False,
             ),
         ]
         if self._metrics_enabled:

@@ -54,11 +54,12 @@ DEFAULT_SOURCE = "http-api"
 NO_ID = "00000000-0000-0000-0000-000000000000"
 """Stands for the id of what was never sent, as Ara has it."""
 
-_MISSING = Raw()
+MISSING = Raw()
+"""What `payload` and `variables` are where they were left out."""
 
 
 def _missing() -> Raw:
-    return _MISSING
+    return MISSING
 
 
 # --- what comes in ------------------------------------------------------------------------------
@@ -331,6 +332,87 @@ class BatchAnswer(msgspec.Struct, gc=False):
 # --- from one to the other ----------------------------------------------------------------------
 
 
+class Composer:
+    """Makes notifications of what callers send, whichever way it came in.
+
+    `source` is what a notification says that does not name its own; `clock` gives Unix seconds,
+    `new_id` a UUID's text.
+    """
+
+    __slots__ = ("_clock", "_new_id", "_source", "_templates")
+
+    def __init__(
+        self,
+        templates: TemplateStore,
+        *,
+        source: str = DEFAULT_SOURCE,
+        clock: Callable[[], float],
+        new_id: Callable[[], str],
+    ) -> None:
+        self._templates = templates
+        self._source = source
+        self._clock = clock
+        self._new_id = new_id
+
+    def __call__(
+        self, tenant: str, content: Content, id: str | None = None, at: float | None = None
+    ) -> Eventually[Notification]:
+        """The notification, whole and checked; raises ValidationError and NotFound.
+
+        `id` is its id where the content has none, `at` when it occurred (Unix seconds); else a new
+        one, and now.
+        """
+        if content.template_id is None:
+            event_type = content.event_type
+            if event_type is None or content.payload is MISSING or content.variables is not MISSING:
+                raise _incomplete(content)
+            payload = normalise_payload(content.payload)
+            return self._notification(content, event_type, payload, Priority.NORMAL, None, id, at)
+        if content.event_type is not None or content.payload is not MISSING:
+            raise _incomplete(content)
+        return then(
+            self._templates.get(tenant, content.template_id),
+            lambda template: self._filled_in(content, template, id, at),
+        )
+
+    def _filled_in(
+        self, content: Content, template: Template, id: str | None, at: float | None
+    ) -> Notification:
+        variables = b"{}" if content.variables is MISSING else bytes(content.variables)
+        payload = render(template, variables)
+        return self._notification(
+            content, template.event_type, payload, template.priority, template.ttl, id, at
+        )
+
+    def _notification(
+        self,
+        content: Content,
+        event_type: str,
+        payload: Raw,
+        priority: Priority,
+        ttl: int | None,
+        id: str | None,
+        at: float | None,
+    ) -> Notification:
+        """What the caller says counts before what his template says."""
+        if content.id is not None:
+            id = canonical_uuid(content.id)
+        elif id is None:
+            id = self._new_id()
+        return Notification(
+            id,
+            self._clock() if at is None else at,
+            event_type,
+            payload,
+            priority if content.priority is None else priority_named(content.priority),
+            ttl if content.ttl is None else content.ttl,
+            content.correlation_id,
+            self._source if content.source is None else content.source,
+            EVERYONE if content.audience is None else _audience(content.audience),
+            content.require_ack,
+        )
+
+
 class Publishing:
     """The handlers of the publishing calls.
 
@@ -350,7 +432,7 @@ class Publishing:
         self._guard = guard
         self._dispatch = dispatcher.dispatch
         self._dispatch_each = dispatcher.dispatch_each
-        self._templates = templates
+        self._build = Composer(templates, clock=clock, new_id=new_id)
         self._clock = clock
         self._new_id = new_id
         self._notification_body = Decoder(NotificationBody)
@@ -473,49 +555,6 @@ class Publishing:
     ) -> SendAnswer:
         return self._answer(target, notification, await pending)
 
-    def _build(self, tenant: str, content: Content) -> Eventually[Notification]:
-        """The notification, whole and checked; raises ValidationError and NotFound."""
-        if content.template_id is None:
-            event_type = content.event_type
-            if (
-                event_type is None
-                or content.payload is _MISSING
-                or content.variables is not _MISSING
-            ):
-                raise _incomplete(content)
-            payload = normalise_payload(content.payload)
-            return self._notification(content, event_type, payload, Priority.NORMAL, None)
-        if content.event_type is not None or content.payload is not _MISSING:
-            raise _incomplete(content)
-        return then(
-            self._templates.get(tenant, content.template_id),
-            lambda template: self._filled_in(content, template),
-        )
-
-    def _filled_in(self, content: Content, template: Template) -> Notification:
-        variables = b"{}" if content.variables is _MISSING else bytes(content.variables)
-        payload = render(template, variables)
-        return self._notification(
-            content, template.event_type, payload, template.priority, template.ttl
-        )
-
-    def _notification(
-        self, content: Content, event_type: str, payload: Raw, priority: Priority, ttl: int | None
-    ) -> Notification:
-        """What the caller says counts before what his template says."""
-        return Notification(
-            self._new_id() if content.id is None else canonical_uuid(content.id),
-            self._clock(),
-            event_type,
-            payload,
-            priority if content.priority is None else priority_named(content.priority),
-            ttl if content.ttl is None else content.ttl,
-            content.correlation_id,
-            DEFAULT_SOURCE if content.source is None else content.source,
-            EVERYONE if content.audience is None else _audience(content.audience),
-            content.require_ack,
-        )
-
     def _answer(self, target: Target, notification: Notification, receipt: Receipt) -> SendAnswer:
         shared = (
             receipt.success,
@@ -612,9 +651,9 @@ class Publishing:
             or not isinstance(user, str)
             or not is_user_id(user)
             or event_type is None
-            or body.payload is _MISSING
+            or body.payload is MISSING
             or body.template_id is not None
-            or body.variables is not _MISSING
+            or body.variables is not MISSING
             or body.priority is not None
             or body.audience is not None
             or body.idempotency_key is not None
@@ -921,35 +960,39 @@ def checked_names(
 
 
 def _target(body: TargetBody) -> Target:
-    type = _choice(body.type, _TARGET_TYPES, "target.type")
-    value = body.value
+    return target_of(body.type, body.value, "target.type", "target.value")
+
+
+def target_of(type_name: str, value: str | list[str] | None, type_field: str, field: str) -> Target:
+    """The target of a type, in any case, and a name or names; raises ValidationError for the
+    fields.
+    """
+    type = _choice(type_name, _TARGET_TYPES, type_field)
     match type:
         case "user":
             if isinstance(value, str):
-                return Target(type, (user_id(value, "target.value"),))
-            raise _target_value("a user id")
+                return Target(type, (user_id(value, field),))
+            raise _target_value(field, "a user id")
         case "channel":
             if isinstance(value, str):
-                return Target(type, (channel_name(value, "target.value"),))
-            raise _target_value("a channel name")
+                return Target(type, (channel_name(value, field),))
+            raise _target_value(field, "a channel name")
         case "broadcast":
             if value is None:
                 return _BROADCAST
-            raise _target_value("left out for a broadcast")
+            raise _target_value(field, "left out for a broadcast")
         case "users":
             if isinstance(value, list) and 1 <= len(value) <= MAX_USERS:
-                return Target(type, checked_names(value, user_id, "target.value"))
-            raise _target_value(f"a list of 1 to {MAX_USERS} user ids")
+                return Target(type, checked_names(value, user_id, field))
+            raise _target_value(field, f"a list of 1 to {MAX_USERS} user ids")
         case _:
             if isinstance(value, list) and 1 <= len(value) <= MAX_CHANNELS:
-                return Target(type, checked_names(value, channel_name, "target.value"))
-            raise _target_value(f"a list of 1 to {MAX_CHANNELS} channel names")
+                return Target(type, checked_names(value, channel_name, field))
+            raise _target_value(field, f"a list of 1 to {MAX_CHANNELS} channel names")
 
 
-def _target_value(constraint: str) -> ValidationError:
-    return ValidationError(
-        f"target.value must be {constraint}.", field="target.value", constraint=constraint
-    )
+def _target_value(field: str, constraint: str) -> ValidationError:
+    return ValidationError(f"{field} must be {constraint}.", field=field, constraint=constraint)
 
 
 def _audience(body: AudienceBody) -> Audience:
@@ -981,7 +1024,7 @@ def _incomplete(content: Content) -> ValidationError:
     elif content.event_type is None:
         field = "event_type"
         message = "Either event_type with payload, or template_id with variables, is needed."
-    elif content.payload is _MISSING:
+    elif content.payload is MISSING:
         field = "payload"
         message = "payload is missing; any JSON will do, {} too."
     else:

@@ -31,6 +31,8 @@ _SECURITY_SCHEMES = {
     },
 }
 
+_RATE_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
+
 _WHO: dict[Access, str] = {
     "read": "Needs an API key with the scope `read`.",
     "publish": "Needs an API key with the scope `publish`.",
@@ -126,6 +128,8 @@ def _responses(endpoint: Endpoint, schema_of: dict[Any, dict[str, Any]]) -> dict
         schema = {} if description.answer is None else schema_of[description.answer]
         success["content"] = {description.content_type: {"schema": schema}}
     success["headers"] = {"X-Request-ID": {"schema": {"type": "string"}}}
+    if endpoint.limited:
+        success["headers"] |= {name: {"schema": {"type": "integer"}} for name in _RATE_HEADERS}
     responses = {str(endpoint.status): success}
     for status in sorted(_error_statuses(endpoint)):
         responses[str(status)] = {
@@ -143,7 +147,7 @@ def _error_statuses(endpoint: Endpoint) -> set[int]:
         statuses |= {400, 408, 413, 422}
     elif "{" in endpoint.path:
         statuses |= {400, 422}
-    if endpoint.idempotent:
+    if endpoint.idempotent or endpoint.limited:
         statuses.add(429)
     return statuses
 

@@ -108,6 +108,7 @@ class Realtime:
     async def _admit(self, handshake: Handshake, scope: Scope) -> Identity | None:
         if self._authenticate is None:
             return await settled(self._lifecycle.admit(handshake))
+        await settled(self._lifecycle.check_rate(handshake))
         if not self._lifecycle.admission.origin_allowed(handshake):
             raise Forbidden(
                 "This origin may not connect.", hint=f'add "{handshake.origin}" to cors.origins'

@@ -36,7 +36,7 @@ from notifyd.connections.registry import Registry
 from notifyd.dispatch.confirmation import Confirmations
 from notifyd.dispatch.dispatcher import Dispatcher
 from notifyd.errors import BadRequest, MethodNotAllowed, NotFound, NotifydError, RequestTimeout
-from notifyd.eventually import settled
+from notifyd.eventually import Eventually, settled
 from notifyd.metrics import Metrics
 from notifyd.queue.base import AckLedger, UserLogs
 from notifyd.templates import TemplateStore
@@ -201,7 +201,7 @@ class Api:
         method = request.method
         endpoint = route.endpoints.get("GET" if method == "HEAD" else method)
         if endpoint is None:
-            return self._without_endpoint(route, request)
+            return await settled(self._without_endpoint(route, request))
         try:
             request.path_params = {name: _decoded(value) for name, value in parameters.items()}
             if endpoint.method != "GET":
@@ -210,10 +210,10 @@ class Api:
                     return None
                 request.body = body
         except BadRequest as error:
-            return endpoint.refuse(request, error)
+            return await settled(endpoint.refuse(request, error))
         except NotifydError as error:
             # What is left of the body is not read, so nothing more can come on this connection.
-            return endpoint.refuse(request, error, _CLOSE)
+            return await settled(endpoint.refuse(request, error, _CLOSE))
         return await settled(endpoint(request))
 
     def _find(self, raw_path: bytes) -> tuple[_Route | None, dict[str, bytes]]:
@@ -226,7 +226,7 @@ class Api:
                 return route, parameters
         return None, {}
 
-    def _without_endpoint(self, route: _Route, request: Request) -> Answer:
+    def _without_endpoint(self, route: _Route, request: Request) -> Eventually[Answer]:
         """OPTIONS (RFC 9110, section 9.3.7), or a method that this path does not have."""
         any_endpoint = next(iter(route.endpoints.values()))
         allow = (b"allow", route.allowed.encode())

@@ -12,6 +12,7 @@ from typing import Literal
 from notifyd.connections.outbox import Outbox
 from notifyd.identity import Identity
 from notifyd.notification import Notification
+from notifyd.ratelimit.messages import MessageBudget
 from notifyd.wire import Message
 
 Transport = Literal["websocket", "sse"]
@@ -61,14 +62,18 @@ class Connection:
     Unix seconds. `acks`: the client acknowledges by itself, so that a sign of life confirms
     nothing. `unconfirmed` maps notification ids to what is held, in order of delivery; `asked` is
     the counter of the Ping that is out and the ids that its Pong will confirm. `replays` counts the
-    replays that took more than one turn of the event loop, from their beginning.
+    replays that took more than one turn of the event loop, from their beginning. `ack_credit`
+    counts what was held and is settled, and may be acked all the same; `budget` is what the client
+    may still say, once that was asked.
     """
 
     __slots__ = (
+        "ack_credit",
         "acks",
         "address",
         "asked",
         "beat",
+        "budget",
         "id",
         "identity",
         "last_heard",
@@ -108,6 +113,8 @@ class Connection:
         self.unconfirmed: dict[str, Held] | None = None
         self.asked: tuple[int, tuple[str, ...]] | None = None
         self.beat = 0
+        self.ack_credit = 0
+        self.budget: MessageBudget | None = None
         self.replays = 0
 
     def offer(self, message: Message) -> bool:

@@ -34,11 +34,14 @@ from notifyd.errors import (
     UserConnectionLimit,
     ValidationError,
 )
-from notifyd.eventually import Eventually, is_awaitable, then
+from notifyd.eventually import Eventually, is_awaitable, settled, then
 from notifyd.identifiers import canonical_uuid, new_uuid
 from notifyd.identity import Identity
 from notifyd.metrics import Metrics
 from notifyd.names import channel_name
+from notifyd.ratelimit.base import RateExceeded, Verdict
+from notifyd.ratelimit.limits import RateLimits
+from notifyd.ratelimit.messages import MessageBudget
 
 AUTH_SECONDS = 10.0
 MAX_AUTHENTICATING = 1000
@@ -71,7 +74,7 @@ _REASONS = {
     4009: "evicted",
     4010: "token_expired",
     4012: "idle",
-    4029: "connection_limit",
+    4029: "rate_limited",
 }
 
 
@@ -109,6 +112,7 @@ class Lifecycle:
         clock: Callable[[], float],
         spread: Callable[[float, float], float],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
+        rate_limits: RateLimits | None = None,
     ) -> None:
         self.registry = registry
         self.admission = admission
@@ -123,6 +127,7 @@ class Lifecycle:
         self._clock = clock
         self._spread = spread
         self._spawn = spawn
+        self._rate_limits = rate_limits
         self._log = structlog.get_logger("notifyd.connections")
         self.draining = False
         self._authenticating: dict[Connection, Any] = {}
@@ -134,14 +139,36 @@ class Lifecycle:
     def admit(self, handshake: Handshake) -> Eventually[Identity | None]:
         """Who a handshake's client is, if there is room for him; None for one that is to send Auth.
 
-        Raises what `Admission.identify` and `check_room` raise.
+        Raises what `check_rate`, `Admission.identify` and `check_room` raise.
         """
+        if self._rate_limits is None:
+            return self._identify(handshake)
+        within_rate = self.check_rate(handshake)
+        if is_awaitable(within_rate):
+            return self._identify_later(handshake, within_rate)
+        return self._identify(handshake)
 
+    async def _identify_later(
+        self, handshake: Handshake, within_rate: Awaitable[None]
+    ) -> Identity | None:
+        await within_rate
+        return await settled(self._identify(handshake))
+
+    def _identify(self, handshake: Handshake) -> Eventually[Identity | None]:
         def with_room(identity: Identity | None) -> Identity | None:
             self.check_room(handshake, identity)
             return identity
 
         return then(self.admission.identify(handshake), with_room)
+
+    def check_rate(self, handshake: Handshake) -> Eventually[None]:
+        """Count a handshake, before anything is looked at that costs more.
+
+        Raises RateExceeded, at once or when awaited, where its address has had too many.
+        """
+        if self._rate_limits is None:
+            return None
+        return then(self._rate_limits.connection(handshake.address), _check_connections)
 
     def check_room(self, handshake: Handshake, identity: Identity | None) -> None:
         """Whether one more connection may come, before anything is promised to it.
@@ -279,7 +306,8 @@ class Lifecycle:
 
     def unsupported(self, connection: Connection) -> None:
         """A binary message came."""
-        self._refuse(connection, UnsupportedFormat("Messages are JSON in text frames."))
+        if self._may_speak(connection):
+            self._refuse(connection, UnsupportedFormat("Messages are JSON in text frames."))
 
     def receive(self, connection: Connection, data: bytes | str) -> None:
         """One text message of the client, valid UTF-8. Never raises; answers go to the outbox."""
@@ -295,7 +323,10 @@ class Lifecycle:
             if connection.state is State.AUTHENTICATING:
                 self._receive_auth(connection, data)
             elif connection.state is State.OPEN:
-                self._handle(connection, wire.decode_client_message(data))
+                if self._rate_limits is None:
+                    self._handle(connection, wire.decode_client_message(data))
+                else:
+                    self._handle_within_rate(connection, data)
         except NotifydError as error:
             if connection.state is State.AUTHENTICATING:
                 self.close(connection, _auth_close_code(error), error.message, error)
@@ -308,6 +339,70 @@ class Lifecycle:
 
     def _refuse(self, connection: Connection, error: NotifydError) -> None:
         connection.reply(wire.error_message(error))
+
+    # --- how often ---
+
+    def _handle_within_rate(self, connection: Connection, data: bytes | str) -> None:
+        try:
+            message = wire.decode_client_message(data)
+        except NotifydError:
+            if self._may_speak(connection):
+                raise
+            return
+        if isinstance(message, wire.Ack):
+            if self._may_ack(connection, message.payload):
+                self._handle(connection, message)
+        elif self._may_speak(connection):
+            self._handle(connection, message)
+
+    def _may_speak(self, connection: Connection) -> bool:
+        """Whether one more message of a client is within its rate; it is told where not, and closed
+        where it was told before.
+        """
+        limits = self._rate_limits
+        if limits is None:
+            return True
+        if connection.state is State.CLOSED:
+            return False
+        now, rate = self._milliseconds(), limits.rates.messages
+        budget = connection.budget
+        if budget is None:
+            budget = connection.budget = MessageBudget(rate, now)
+        verdict = limits.messages.count(budget.say(rate, now))
+        if verdict.allowed:
+            return True
+        error = RateExceeded("More messages than a connection may send; this was ignored.", verdict)
+        if budget.is_spent(rate):
+            self.close(connection, error.close_code, "message rate exceeded", error)
+        else:
+            self._refuse(connection, error)
+        return False
+
+    def _may_ack(self, connection: Connection, payload: wire.AckPayload) -> bool:
+        """Whether an ack is of what was delivered, which costs nothing, or else within its rate."""
+        limits = self._rate_limits
+        if limits is None:
+            return True
+        ids = set(payload.notification_ids or (payload.notification_id or "",))
+        held = connection.unconfirmed or ()
+        # What is held gives its credit back when it is let go, which settling it does.
+        owed = connection.ack_credit + sum(id in held for id in ids)
+        connection.ack_credit -= max(0, min(len(ids), owed))
+        if len(ids) <= owed:
+            limits.messages.allowed.inc()
+            return True
+        now, rate = self._milliseconds(), limits.rates.messages
+        budget = connection.budget
+        if budget is None:
+            budget = connection.budget = MessageBudget(rate, now)
+        verdict = limits.messages.count(budget.ack(rate, now))
+        if not verdict.allowed:
+            message = "More acks than were delivered to this connection; this was ignored."
+            self._refuse(connection, RateExceeded(message, verdict))
+        return verdict.allowed
+
+    def _milliseconds(self) -> int:
+        return int(self._clock() * 1000)
 
     def _handle(self, connection: Connection, message: wire.ClientMessage) -> None:
         if isinstance(message, wire.Ping):
@@ -659,6 +754,11 @@ class UnsupportedFormat(NotifydError):
     """A message that is not text."""
 
     code = "UNSUPPORTED_FORMAT"
+
+
+def _check_connections(verdict: Verdict) -> None:
+    if not verdict.allowed:
+        raise RateExceeded("Too many connections from this address.", verdict)
 
 
 def _auth_close_code(error: NotifydError) -> int:

@@ -188,6 +188,7 @@ class Confirmations:
             unconfirmed = connection.unconfirmed
             if unconfirmed is not None and id in unconfirmed:
                 del unconfirmed[id]
+                connection.ack_credit += 1
                 if not unconfirmed:
                     connection.unconfirmed = None
         held.connections = ()
@@ -303,6 +304,7 @@ class Confirmations:
                     in_log.append(id)
                 if not held.stored:
                     self.held -= 1
+        connection.ack_credit += len(confirmed)
         if not unconfirmed:
             connection.unconfirmed = None
         self._forget_settled()

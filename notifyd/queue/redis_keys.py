@@ -6,7 +6,9 @@
     prefix:{acks}:stats                        what the ledger counts, with order, due and times
     prefix:{<tenant>}:templates
     prefix:{idem-<digest of a scope>}
-    prefix:probe
+    prefix:{rate|<limit>|<caller>}             a bucket of tokens
+    prefix:{trigger}:lease                     the node that dispatches what comes from Redis
+    prefix:probe                               a key, and what channels of probes begin with
 
 Names are percent-encoded, so that no name reaches another's keys: a tenant's cannot hold the bar
 that ends it. A script touches keys of one hash tag, the part in braces, which a cluster keeps on
@@ -88,6 +90,7 @@ class RedisKeys:
             f"{acks}record:",
             f"{acks}pending:",
         )
+        self.trigger_lease = f"{prefix}:{{trigger}}:lease"
         self.probe = f"{prefix}:probe"
 
     def _bucket(self, number: int) -> Bucket:
@@ -108,3 +111,7 @@ class RedisKeys:
         """What is known of an idempotency key; hashed, for it may be long, or somebody's secret."""
         digest = hashlib.blake2b(msgspec.json.encode(scope), digest_size=20).hexdigest()
         return f"{self._prefix}:{{idem-{digest}}}"
+
+    def rate_limit(self, limit: str, who: str) -> str:
+        """A caller's bucket under the limit of this name, which has no bar in it."""
+        return f"{self._prefix}:{{rate|{limit}|{_encoded(who)}}}"

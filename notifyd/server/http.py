@@ -319,13 +319,11 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if method == b"POST":
             endpoint = self._services.fast.get(self.url)
-            if endpoint is not None and self._takes_fast_lane(endpoint):
-                if self._length > SMALL_BODY_BYTES:
-                    try:
-                        endpoint.check_caller(self.headers)
-                    except NotifydError as error:
-                        self._refusal, self._refused_route = error, endpoint.path
-                        raise
+            if (
+                endpoint is not None
+                and self._takes_fast_lane(endpoint)
+                and (self._length <= SMALL_BODY_BYTES or self._may_be_large(endpoint))
+            ):
                 self._endpoint = endpoint
                 self._body = b""
                 self.deadline = self.loop.time() + self._timeouts.body
@@ -337,6 +335,20 @@ class HttpProtocol(HttpToolsProtocol):
         self.deadline = self.loop.time() + self._timeouts.body
         self._make_scope()
         super().on_headers_complete()
+
+    def _may_be_large(self, endpoint: Endpoint) -> bool:
+        """Whether the caller may, before his large body comes; raises Unauthorized and Forbidden.
+
+        Where the refusal counts against a rate, the other lane is left to refuse him.
+        """
+        try:
+            endpoint.check_caller(self.headers)
+        except NotifydError as error:
+            if endpoint.limited:
+                return False
+            self._refusal, self._refused_route = error, endpoint.path
+            raise
+        return True
 
     def _check_length(self) -> None:
         """Two ways to say where a body ends are a way to smuggle a request (RFC 9112, section

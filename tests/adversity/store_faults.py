@@ -16,7 +16,7 @@ import asyncpg
 
 from tests.stores import PostgresServer, Proxy, RedisServer, proxy, schema
 
-TIMEOUT = 0.6
+TIMEOUT = 0.9
 """Seconds after which a call to these stores is given up; a busy machine may take half of it."""
 
 THRESHOLD = 3

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import sys
@@ -23,6 +24,7 @@ from websockets.asyncio.client import connect
 
 from tests.conftest import StartServer
 from tests.front_door import ADMIN_KEY, SECRET, channel, token, until
+from tests.stores import RedisServer
 
 ROOT = Path(__file__).parents[2]
 WAIT = 20.0
@@ -163,6 +165,37 @@ async def test_snippets_of_the_python_client(start_on: StartServer, lines: list[
     await run(others)
     assert lines[:2] == ["{}", "[]"]
     assert len(lines) == 3
+
+
+async def test_commands_and_snippets_of_redis(
+    start_on: StartServer, redis_server: RedisServer
+) -> None:
+    host = await start_on(
+        redis={"url": redis_server.url, "trigger_enabled": True, "stream_key": "notifications"}
+    )
+    await until(lambda: host.notifyd.metrics.redis_trigger_active.value == 1, "the subscription")
+    alice = await host.websocket("42")
+    await alice.subscribe("orders")
+    publishing, adding, looking = blocks("docs/redis.md", "sh")
+
+    def command(line: str) -> Any:
+        program, *words = shlex.split(line)
+        assert program == "redis-cli"
+        return redis_server.command(*words)
+
+    for line in (publishing + adding).splitlines():
+        command(line)
+    told = await alice.notifications(4)
+    assert [each["event_type"] for each in told[1:3]] == ["order.shipped", "maintenance"]
+    (message,) = blocks("docs/redis.md", "json")
+    redis_server.command("PUBLISH", "notification:broadcast", message)
+    assert (await alice.expect("notification"))["metadata"]["correlation_id"] == "c-17"
+    for snippet in blocks("docs/redis.md", "python"):
+        source = snippet.replace("redis.Redis()", f"redis.Redis(port={redis_server.port})")
+        await asyncio.to_thread(run_snippet, source)
+        assert (await alice.expect("notification"))["payload"] == {"order": "A-1"}
+    dead, pending = map(command, looking.splitlines())
+    assert (dead, pending["pending"]) == ([], 0)
 
 
 @asynccontextmanager

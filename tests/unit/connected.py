@@ -31,8 +31,11 @@ from notifyd.identifiers import new_uuid
 from notifyd.identity import Identity
 from notifyd.metrics import Metrics
 from notifyd.notification import Notification, Priority, Receipt, Target
-from notifyd.options import AuthSettings, ChannelRule
+from notifyd.options import AuthSettings, ChannelRule, RateLimitSettings
 from notifyd.queue.memory import MemoryAckLedger, MemoryUserLogs
+from notifyd.ratelimit.bucket import Rate
+from notifyd.ratelimit.limits import RateLimits, Rates
+from notifyd.ratelimit.local import LocalLimit
 
 NOW = 1_800_000_000.0
 SECRET = "s" * 64
@@ -268,6 +271,7 @@ class World:
         verify: Callable[[str], Eventually[Identity]] | None = None,
         auth: AuthSettings | None = None,
         origins: Sequence[str] = (),
+        ratelimit: RateLimitSettings | None = None,
     ) -> None:
         self.clock = Clock()
         self.manual = manual_loop(self.clock)
@@ -358,6 +362,9 @@ class World:
             clock=self.clock,
             spread=lambda low, high: (low + high) / 2,
             spawn=self.spawn,
+            rate_limits=None
+            if ratelimit is None
+            else RateLimits(Rates(ratelimit, AuthSettings()), self._limit, self.metrics),
         )
         self.writes.on_returned = self.lifecycle.replay_again
         self.dispatcher = Dispatcher(
@@ -382,6 +389,9 @@ class World:
 
     def _expired(self, connection: Connection) -> None:
         self.lifecycle.token_expired(connection)
+
+    def _limit(self, name: str, rate: Rate) -> LocalLimit:
+        return LocalLimit(rate, clock=self.clock, max_buckets=1000)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)

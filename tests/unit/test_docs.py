@@ -293,6 +293,6 @@ def test_commands_exist(block: str, capsys: pytest.CaptureFixture[str]) -> None:
                 usage = capsys.readouterr().out
                 assert all(flag in usage for flag in arguments if flag.startswith("--"))
             case [command, *_]:
-                assert command in {"curl", "pip", "docker"}
+                assert command in {"curl", "pip", "docker", "redis-cli"}
             case _:
                 assert not line.strip()

@@ -7,8 +7,11 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as some
 
 from notifyd.connections.admission import Handshake
 from notifyd.connections.connection import State, Transport
@@ -36,7 +39,7 @@ from notifyd.eventually import Eventually
 from notifyd.identifiers import new_uuid
 from notifyd.identity import Identity
 from notifyd.notification import Target
-from notifyd.options import ChannelRule
+from notifyd.options import ChannelRule, RateLimitSettings
 from tests.unit.connected import NOW, Connected, RecordingStream, World, limits_of
 
 ORDERS = Target("channel", ("orders",))
@@ -536,6 +539,94 @@ class TestAcks:
         client.say("Ack", notification_id=new_uuid())
         await world.tasks_done()
         assert [each["code"] for each in client.read()] == ["UNAVAILABLE"]
+
+
+class TestRates:
+    """What a client may say; the rest of it goes through the front door (tests/server)."""
+
+    FEW = RateLimitSettings(enabled=True, ws_messages_per_second=1, ws_messages_burst=3)
+
+    @given(
+        some.lists(
+            some.one_of(
+                some.tuples(some.just("send"), some.integers(1, 5)),
+                some.tuples(some.just("ack"), some.integers(0, 1), some.integers(1, 100)),
+                some.tuples(some.just("pong"), some.integers(0, 1)),
+                some.tuples(some.just("reconnect"), some.integers(0, 1)),
+            ),
+            max_size=30,
+        )
+    )
+    def test_acks_of_what_came_are_never_too_many(self, steps: list[tuple[Any, ...]]) -> None:
+        world = World(ratelimit=self.FEW)
+        devices = [world.connect(), world.connect()]
+        received: list[list[str]] = [[], []]
+
+        def read() -> None:
+            for device, ids in zip(devices, received, strict=True):
+                for message in device.read():
+                    assert message.get("code") != "RATE_LIMITED"
+                    if message["type"] == "notification":
+                        ids.append(message["id"])
+
+        for step, *args in steps:
+            if step == "send":
+                for _ in range(args[0]):
+                    world.send("u1")
+                read()
+            elif step == "ack":
+                ids, received[args[0]] = received[args[0]][: args[1]], received[args[0]][args[1] :]
+                for id in ids[1:]:
+                    devices[args[0]].say("Ack", notification_id=id)
+                if ids:
+                    devices[args[0]].say("Ack", notification_ids=ids[:1])
+                read()
+            elif step == "pong":
+                device = devices[args[0]]
+                world.confirmations.ask(device.connection)
+                asked = device.connection.asked
+                if asked is not None:
+                    world.lifecycle.pong(device.connection, asked[0].to_bytes(4, "big"))
+                read()
+            else:
+                devices[args[0]].lose()
+                devices[args[0]], received[args[0]] = world.connect(), []
+                read()
+        for device in devices:
+            assert [device.ask("Ping")[0]["type"] for _ in range(3)] == ["pong"] * 3
+
+    def test_an_id_that_is_repeated_counts_once(self) -> None:
+        world = World(ratelimit=self.FEW)
+        client = world.connect()
+        id = world.send("u1").notification_id
+        client.read()
+        types = [client.ask("Ack", notification_ids=[id] * 100)[0]["type"] for _ in range(5)]
+        assert types == ["acked"] * 4 + ["error"]
+        assert client.connection.ack_credit == 0
+
+    def test_acks_that_make_no_sense_have_a_rate_too(self) -> None:
+        world = World(ratelimit=self.FEW)
+        client = world.connect()
+        client.read()
+        codes = [client.ask("Ack", notification_id="x")[0]["code"] for _ in range(5)]
+        assert codes == ["INVALID_ACK"] * 3 + ["RATE_LIMITED"] * 2
+        assert client.connection.state is State.OPEN
+
+    def test_who_has_not_said_who_he_is(self) -> None:
+        world = World(ratelimit=self.FEW)
+        client = world.connect(anonymous=True)
+        for _ in range(7):
+            world.lifecycle.unsupported(client.connection)
+        assert client.sink.closed is not None
+        assert client.sink.closed[0] == 4029
+        world.lifecycle.unsupported(client.connection)
+
+    def test_nothing_is_kept_of_who_says_nothing(self) -> None:
+        world = World(ratelimit=self.FEW)
+        client = world.connect()
+        id = world.send("u1").notification_id
+        client.ask("Ack", notification_id=id)
+        assert client.connection.budget is None
 
 
 class TestClosing:

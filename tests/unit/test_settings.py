@@ -19,6 +19,7 @@ from notifyd.settings import (
     ChannelRule,
     PostgresSettings,
     QueueSettings,
+    RateLimitSettings,
     RedisSettings,
     ServerSettings,
     Settings,
@@ -192,11 +193,10 @@ class TestRefusals:
         "variable",
         [
             "NOTIFYD__SERVER__PORT",
-            "NOTIFYD_REDIS__STREAM_KEY",
             "NOTIFYD_SERVER__WORKERS",
             "NOTIFYD_CLUSTER__ENABLED",
             "NOTIFYD_CHANNELS__RULES__NEWS",
-            "NOTIFYD_RATELIMIT__ENABLED_FILE",
+            "NOTIFYD_TENANT__ENABLED_FILE",
         ],
     )
     def test_what_does_not_exist_yet_is_unknown(self, variable: str) -> None:
@@ -475,6 +475,25 @@ class TestCrossChecks:
                     )
                 },
                 'auth.api_keys[1] ("a"): another key has this name',
+            ),
+            (
+                {"NOTIFYD_AUTH__API_KEYS": '[{"name": "a", "key": "k", "rate": "9/day"}]'},
+                'auth.api_keys[0] ("a"): rate "9/day" holds only where limits are on',
+            ),
+            (
+                {
+                    "NOTIFYD_AUTH__API_KEYS": '[{"name": "a", "key": "k", "rate": "9/week"}]',
+                    "NOTIFYD_RATELIMIT__ENABLED": "true",
+                },
+                "auth.api_keys[0].rate: expected a text that matches ^[1-9]",
+            ),
+            (
+                {
+                    "NOTIFYD_RATELIMIT__ENABLED": "true",
+                    "NOTIFYD_RATELIMIT__BACKEND": "redis",
+                    "NOTIFYD_REDIS__URL": "http://localhost",
+                },
+                "redis.url: ",
             ),
             (
                 {"NOTIFYD_AUTH__API_KEYS": '[{"name": "a", "key": "k", "tenant_id": "acme"}]'},
@@ -815,12 +834,34 @@ class TestStores:
     )
     def test_a_url_is_shown_without_its_password(self, url: str, shown: str) -> None:
         assert shown_address(url) == shown
-        assert repr(RedisSettings(url=url)) == (
-            f"RedisSettings(url='{shown}', key_prefix='notifyd', command_timeout_seconds=2)"
+        assert repr(RedisSettings(url=url)).startswith(
+            f"RedisSettings(url='{shown}', key_prefix='notifyd', command_timeout_seconds=2, "
         )
         settings = Settings(postgres=PostgresSettings(url=url))
         assert "s3cret" not in repr(settings)
         assert f"url='{shown}'" in repr(settings)
+
+    def test_notifications_may_come_from_redis(self) -> None:
+        settings = load_settings(
+            None,
+            {
+                "REDIS_URL": "redis://host:1/2",
+                "NOTIFYD_REDIS__TRIGGER_ENABLED": "true",
+                "NOTIFYD_REDIS__TRIGGER_PATTERNS": '["shop:user:*"]',
+            },
+        )
+        assert settings.redis.trigger_patterns == ("shop:user:*",)
+        assert settings.backends == {"memory", "redis"}
+        assert problems(settings) == []
+        streamed = Settings(redis=RedisSettings(stream_key="s"))
+        assert (streamed.redis.has_sources, "redis" in streamed.backends) == (True, True)
+        assert not RedisSettings().has_sources
+
+    def test_a_trigger_without_patterns_hears_nothing(self) -> None:
+        redis = RedisSettings(trigger_enabled=True, trigger_patterns=())
+        (problem,) = problems(Settings(redis=redis))
+        assert problem.startswith("redis.trigger_patterns: ")
+        assert problems(Settings(redis=RedisSettings(stream_key="s", url="http://x")))
 
     @given(st.text(), st.text(), st.text())
     def test_no_password_is_ever_shown(self, user: str, before: str, behind: str) -> None:
@@ -854,3 +895,20 @@ class TestStores:
         environ = {"NOTIFYD_QUEUE__MAX_MESSAGES": "10"}
         assert refusal(environ).startswith("queue.max_messages")
         load_settings(None, environ | {"NOTIFYD_QUEUE__BACKEND": "redis"})
+
+
+def test_a_rate_that_is_given_in_code() -> None:
+    keys = (ApiKeySettings(name="a", key="k", rate="often"),)
+    limited = Settings(
+        auth=AuthSettings(jwt_secret="s" * 32, api_keys=keys),
+        ratelimit=RateLimitSettings(enabled=True),
+    )
+    assert problems(limited) == [
+        'auth.api_keys[0] ("a"): rate "often" is no rate; write it as "1000/hour"'
+    ]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_limits_in_redis_are_a_use_of_it_where_they_are_on(enabled: bool) -> None:
+    ratelimit = RateLimitSettings(enabled=enabled, backend="redis")
+    assert ("redis" in Settings(ratelimit=ratelimit).backends) == enabled

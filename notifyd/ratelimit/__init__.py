@@ -1,0 +1,1 @@
+"""How often callers may call, clients connect, and connections speak: token buckets."""

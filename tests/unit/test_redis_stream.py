@@ -1,0 +1,271 @@
+"""notifyd.dispatch.redis_stream on a real Redis, with stores that fail when a test says so."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from structlog.testing import capture_logs
+
+from notifyd.dispatch import redis_stream
+from notifyd.dispatch.redis_trigger import BadMessages
+from notifyd.errors import Unavailable
+from notifyd.notification import Outcome, Receipt, RecipientResult, Target
+from notifyd.options import BreakerSettings
+from notifyd.redis_client import Redis, Word
+from notifyd.resilience import Backoff, CircuitBreaker
+from tests.front_door import until
+from tests.unit.test_redis_trigger import Parts
+
+
+class Lease:
+    """Held until a test says otherwise."""
+
+    def __init__(self) -> None:
+        self.held = True
+        self.back = asyncio.Event()
+
+    async def acquired(self) -> None:
+        if not self.held:
+            await self.back.wait()
+
+
+class Reading:
+    """A stream of a test's own and what reads it."""
+
+    def __init__(self, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.redis = redis
+        self.key = f"stream-{uuid4()}"
+        self.parts = Parts()
+        self.lease = Lease()
+        # Pauses that a test does not wait for.
+        monkeypatch.setattr(redis_stream, "Backoff", lambda *_: Backoff(0.001, 0.01))
+        self.stream = self.reader()
+
+    def reader(self) -> redis_stream.RedisStream:
+        return redis_stream.RedisStream(
+            self.redis,
+            self.redis.another(timeout=3),
+            self.parts.intake,
+            self.parts.metrics,
+            BadMessages(self.parts.metrics),
+            key=self.key,
+            group="g",
+            lease=self.lease,  # type: ignore[arg-type]  # all of it that is needed
+        )
+
+    async def add(self, payload: Any, target: str | list[str] = "u1") -> bytes:
+        type = "user" if isinstance(target, str) else "users"
+        message = {"type": type, "target": target, "event_type": "e", "payload": payload}
+        id: bytes = await self.redis.command("XADD", self.key, "*", "data", json.dumps(message))
+        return id
+
+    async def deliveries(self) -> list[int]:
+        """How often each entry that is not acknowledged was delivered."""
+        found = await self.redis.command("XPENDING", self.key, "g", "-", "+", 100)
+        return [deliveries for *_, deliveries in found]
+
+    async def acknowledged(self) -> None:
+        async with asyncio.timeout(5):
+            while await self.deliveries():  # noqa: ASYNC110  # Redis tells nobody
+                await asyncio.sleep(0.01)
+
+    @property
+    def sent(self) -> list[Any]:
+        return self.parts.dispatcher.sent
+
+    @property
+    def dead(self) -> float:
+        return self.parts.metrics.redis_dead_letters_total.value
+
+
+@pytest.fixture
+async def reading(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Reading]:
+    redis = Redis(redis_url, CircuitBreaker(BreakerSettings()))
+    await redis.start()
+    made = Reading(redis, monkeypatch)
+    await redis.command("XGROUP", "CREATE", made.key, "g", "0", "MKSTREAM")
+    yield made
+    await made.stream.aclose()
+    await redis.command("DEL", made.key, f"{made.key}:dead")
+    await redis.aclose()
+
+
+async def test_what_a_store_does_not_take_waits_and_is_not_blamed(reading: Reading) -> None:
+    reading.parts.dispatcher.fails = Unavailable("away")
+    for n in range(3):
+        await reading.add(n)
+    reading.stream.start()
+    async with asyncio.timeout(5):
+        while await reading.deliveries() != [0, 0, 0]:  # noqa: ASYNC110  # as above
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)  # many attempts
+    reading.parts.dispatcher.fails = None
+    await reading.add(3)
+    await until(lambda: reading.sent == [0, 1, 2, 3])
+    await reading.acknowledged()
+    assert reading.dead == 0
+
+
+async def test_who_has_it_does_not_get_it_again(reading: Reading) -> None:
+    stores = reading.parts.dispatcher.stores = []
+    await reading.add(1, ["u1", "u2", "u3"])
+    reading.stream.start()
+    await until(lambda: len(stores) == 1)
+    results = {
+        "u1": RecipientResult(Outcome.DELIVERED, 1),
+        "u2": RecipientResult(Outcome.FAILED, reason="unavailable"),
+        "u3": RecipientResult(Outcome.FAILED, reason="queue_full"),
+    }
+    stores[0].set_result(Receipt("id", Outcome.DELIVERED, 1, failed=2, results=results))
+    await until(lambda: len(stores) == 2)
+    stores[1].set_result(Receipt("id", Outcome.QUEUED, queued=1))
+    await reading.acknowledged()
+    assert reading.parts.dispatcher.targets[1] == Target("users", ("u2",))
+    assert reading.sent == [1, 1]
+
+
+async def test_it_acknowledges_only_what_the_store_has(reading: Reading) -> None:
+    stores = reading.parts.dispatcher.stores = []
+    await reading.add(1)
+    await reading.add(2)
+    reading.stream.start()
+    await until(lambda: len(stores) == 2)
+    stores[0].set_result(Receipt("id", Outcome.QUEUED))
+    assert await reading.deliveries() == [1, 1]
+    stores[1].set_result(Receipt("id", Outcome.QUEUED))
+    await reading.acknowledged()
+
+
+async def test_without_the_lease_it_leaves_all_to_the_next_holder(reading: Reading) -> None:
+    reading.parts.dispatcher.fails = Unavailable("away")
+    await reading.add(1)
+    reading.stream.start()
+    async with asyncio.timeout(5):
+        while await reading.deliveries() != [0]:  # noqa: ASYNC110  # as above
+            await asyncio.sleep(0.01)
+    reading.lease.held = False
+    reading.parts.dispatcher.fails = None
+    await reading.add(2)
+    await asyncio.sleep(0.1)
+    assert reading.sent == []
+    reading.lease.held = True
+    reading.lease.back.set()
+    await until(lambda: reading.sent == [1, 2])
+    await reading.acknowledged()
+
+
+async def test_what_came_to_a_former_holder_is_found(
+    reading: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_stream, "TAKE_OVER_SECONDS", 0.05)
+    await reading.add(1)
+    reading.stream.start()
+    await until(lambda: reading.sent == [1])
+    # It asked while it had the lease, and Redis answers only now.
+    late = reading.redis.another(timeout=5)
+    answer = late.command(
+        *("XREADGROUP", "GROUP", "g", "former", "BLOCK", 5000, "STREAMS", reading.key, ">")
+    )
+    await reading.add(2)
+    await reading.add(3)
+    await until(lambda: sorted(reading.sent) == [1, 2, 3])
+    await reading.acknowledged()
+    answer.cancel()
+    await late.aclose(0)
+
+
+async def test_what_was_dispatched_is_not_dispatched_again_where_redis_lost_the_word(
+    reading: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, failures = reading.redis.command, [1, 2]
+
+    def failing(*words: Any, **given: Any) -> asyncio.Future[Any]:
+        if words[0] == "XACK" and failures:
+            failures.pop()
+            raise Unavailable("away")
+        return command(*words, **given)
+
+    monkeypatch.setattr(reading.redis, "command", failing)
+    await reading.add(1)
+    with capture_logs():
+        reading.stream.start()
+        await until(lambda: not failures)
+        await reading.add(2)
+        await until(lambda: 2 in reading.sent)
+    await reading.acknowledged()
+    assert reading.sent == [1, 2]
+
+
+async def test_a_poisonous_entry_takes_no_other_with_it(reading: Reading) -> None:
+    """Its node died with it three times, and with those that were read beside it."""
+    ids = [await reading.add(n) for n in range(4)]
+    await reading.redis.command("XREADGROUP", "GROUP", "g", "x", "STREAMS", reading.key, ">")
+    words: list[Word] = ["XCLAIM", reading.key, "g", "x", 0, *ids, "RETRYCOUNT", 3, "JUSTID"]
+    await reading.redis.command(*words)
+    stores = reading.parts.dispatcher.stores = []
+    reading.stream.start()
+    for n in range(4):
+        await until(lambda n=n: len(stores) == n + 1)  # type: ignore[misc]
+        assert await reading.deliveries() == [4] + [3] * (3 - n)
+        stores[n].set_result(Receipt("id", Outcome.QUEUED))
+    await reading.acknowledged()
+    assert reading.sent == [0, 1, 2, 3]
+
+
+async def test_less_is_read_at_once_where_entries_are_large(
+    reading: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_stream, "MAX_BATCH_BYTES", 10_000)
+    for n in range(30):
+        await reading.add("x" * 2000 if n < 20 else n)
+    reading.stream.start()
+    await until(lambda: len(reading.sent) == 30)
+    assert reading.stream._count < redis_stream.MAX_BATCH
+    await reading.acknowledged()
+
+
+async def test_a_key_that_is_no_stream_is_told_and_tried_again(reading: Reading) -> None:
+    await reading.redis.command("SET", reading.key, "a text")
+    with capture_logs() as logs:
+        reading.stream.start()
+        await until(lambda: any("stream" in entry["event"] for entry in logs))
+    assert any("WRONGTYPE" in str(entry.get("reason")) for entry in logs)
+    await reading.redis.command("DEL", reading.key)
+    await reading.add(1)
+    await until(lambda: reading.sent == [1])
+
+
+async def test_a_fault_of_ours_is_logged_and_reading_goes_on(
+    reading: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, faults = reading.stream._work, [1]
+
+    async def failing(entries: Any) -> None:
+        if faults:
+            faults.pop()
+            raise RuntimeError("a fault")
+        await work(entries)
+
+    monkeypatch.setattr(reading.stream, "_work", failing)
+    await reading.add(1)
+    with capture_logs() as logs:
+        reading.stream.start()
+        await until(lambda: reading.sent == [1])
+    assert [entry["log_level"] for entry in logs] == ["error"]
+
+
+def test_an_id_follows_from_the_entrys() -> None:
+    id = redis_stream._notification_id("s", b"1-1")
+    assert id == redis_stream._notification_id("s", b"1-1")
+    others = {redis_stream._notification_id(*each) for each in (("s", b"1-2"), ("t", b"1-1"))}
+    assert id not in others
+    for each in {id, *others}:
+        assert re.fullmatch(
+            r"[0-9a-f]{8}-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", each
+        )
