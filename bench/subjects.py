@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jwt
@@ -137,9 +137,12 @@ class NotifydSubject:
             body["payload"] = {**PAYLOAD, "padding": "x" * padding}
         return self._publishing("channel", body, publishers, window=window, rate=rate)
 
-    def broadcast(self) -> Publishing:
-        """One broadcast after the other."""
-        return self._publishing("broadcast", CONTENT, 1)
+    def broadcast(self, *, tenant: str | None = None) -> Publishing:
+        """One broadcast after the other; where there are tenants, this one's."""
+        publishing = self._publishing("broadcast", CONTENT, 1)
+        if tenant is None:
+            return publishing
+        return replace(publishing, headers=[*publishing.headers, f"X-Tenant-ID: {tenant}"])
 
     def single_sends(self, *, publishers: int, rate: float = 0) -> Publishing:
         """One notification a request, to each user in turn."""
@@ -196,10 +199,10 @@ class NotifydSubject:
             spread=spread,
         )
 
-    def token(self, user: str) -> str:
+    def token(self, user: str, **claimed: str) -> str:
         """A user's own."""
         now = int(time.time())
-        claims = {"sub": user, "iat": now, "exp": now + 6 * 3600}
+        claims = {"sub": user, "iat": now, "exp": now + 6 * 3600, **claimed}
         return jwt.encode(claims, self._secret, algorithm="HS256")
 
     def _mint(self, count: int) -> list[str]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 from starlette.applications import Starlette
@@ -41,13 +41,12 @@ from notifyd.connections.replay import Replayer
 from notifyd.dispatch.confirmation import Confirmations
 from notifyd.dispatch.dispatcher import Dispatcher
 from notifyd.dispatch.redis_sources import RedisSources
-from notifyd.dispatch.redis_trigger import only_default_tenant
 from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.errors import ConfigurationError, Unauthorized, Unavailable
 from notifyd.eventually import Eventually, settled
 from notifyd.forwarded import TrustedProxies
 from notifyd.identifiers import new_uuid
-from notifyd.identity import Identity, Principal
+from notifyd.identity import DEFAULT_TENANT, Identity, Principal
 from notifyd.log import RateLimitedLog, configure_logging
 from notifyd.metrics import Metrics
 from notifyd.notification import Notification
@@ -58,6 +57,7 @@ from notifyd.server.http import Services
 from notifyd.server.serve import Serving
 from notifyd.server.serve import serve as serve_sockets
 from notifyd.settings import problems
+from notifyd.tenants import SYNC_SECONDS, TenantLimits, Tenants
 
 T = TypeVar("T")
 
@@ -113,7 +113,22 @@ class Notifyd(PublishingCalls):
         websocket, auth = settings.websocket, settings.auth
         production = settings.production
         spread = random.SystemRandom().uniform
-        self.verifier = TokenVerifier(auth, production=production, clock=clock)
+        self.tenants = Tenants(
+            settings.tenant,
+            self._backends.tenants,
+            limits=TenantLimits(
+                websocket.max_connections,
+                websocket.max_connections_per_user,
+                websocket.max_subscriptions_per_connection,
+            ),
+            named=[key.tenant_id for key in auth.api_keys if key.tenant_id is not None],
+            clock=clock,
+        )
+        if authenticate is not None:
+            authenticate = _of_a_tenant(authenticate, self.tenants)
+        self.verifier = TokenVerifier(
+            auth, production=production, clock=clock, tenants=self.tenants
+        )
         origins = Origins(settings.cors.origins, development=not production)
         admission = Admission(self.verifier, origins, cookie_name=auth.cookie_name)
         self._registry = Registry(clock)
@@ -175,10 +190,9 @@ class Notifyd(PublishingCalls):
             rules=ChannelRules(settings.channels.rules),
             limits=Limits(
                 max_connections=websocket.max_connections,
-                max_connections_per_user=websocket.max_connections_per_user,
                 evict_on_user_limit=websocket.on_user_limit == "evict",
-                max_subscriptions_per_connection=websocket.max_subscriptions_per_connection,
                 heartbeat_interval=websocket.heartbeat_interval,
+                of_tenant=self.tenants.limits,
             ),
             metrics=self.metrics,
             clock=clock,
@@ -197,6 +211,7 @@ class Notifyd(PublishingCalls):
             self.metrics,
             clock,
             store_first=settings.queue.mode == "always",
+            tally=self.tenants.tally if self.tenants.enabled else None,
         )
         self._sources = self._make_sources(dispatcher)
         self.guard = Guard(
@@ -210,11 +225,18 @@ class Notifyd(PublishingCalls):
             metrics=self.metrics,
             production=production,
             rate_limits=self._backends.rate_limits,
+            tenants=self.tenants,
         )
         # Its users come by tokens of ours: not where the application knows them by itself.
         demo = None
         if not production and authenticate is None:
-            demo = Demo(self.guard, self.verifier, auth.publishing_key)
+            publisher = auth.publisher
+            demo = Demo(
+                self.guard,
+                self.verifier,
+                auth.publishing_key,
+                tenant=(publisher and publisher.tenant_id) or DEFAULT_TENANT,
+            )
         self.endpoints = build_endpoints(
             ApiServices(
                 guard=self.guard,
@@ -258,7 +280,7 @@ class Notifyd(PublishingCalls):
             idempotency=backends.idempotency,
             metrics=self.metrics,
             clock=self._clock,
-            tenant_of=only_default_tenant,
+            tenant_of=self.tenants.of_message,
             clustered=False,
             ledger_in_redis=settings.ack.enabled and settings.ack.backend == "redis",
         )
@@ -334,6 +356,9 @@ class Notifyd(PublishingCalls):
         self._heartbeat.start(loop)
         if (problem := await self.verifier.prefetch()) is not None:
             self._log.warning("the keys for tokens cannot be had yet", reason=problem)
+        if self.tenants.enabled:
+            await self.tenants.load()
+            self._tasks.every(SYNC_SECONDS, self.tenants.sync, "keeping limits and figures")
         if self._logs is not None:
             seconds = self.settings.queue.cleanup_interval_seconds
             expire_logs = partial(self._expire_logs, self._logs)
@@ -379,6 +404,7 @@ class Notifyd(PublishingCalls):
         if left := await self._writes.finish(self.settings.server.shutdown_grace_seconds):
             self._log.error("the store did not take what clients had not confirmed", lost=left)
         await self._tasks.aclose()
+        await self.tenants.sync()
         await self._backends.aclose()
         await self.verifier.aclose()
 
@@ -386,14 +412,49 @@ class Notifyd(PublishingCalls):
 
     async def perform(self, call: Call[T]) -> T:
         """Make a publishing call in this process. Raises `notifyd.errors`."""
+        return await self._perform(call, DEFAULT_TENANT)
+
+    def of_tenant(self, tenant_id: str) -> TenantCalls:
+        """`send` and `batch` for a tenant; `default`'s are those of this object itself.
+
+        Raises ValidationError where there is no such tenant.
+        """
+        return TenantCalls(partial(self._perform, tenant=self.tenants.named(tenant_id)))
+
+    async def _perform(self, call: Call[T], tenant: str) -> T:
         endpoint: Endpoint = self._in_process[call.path]
         request = Request(call.method, endpoint.path, {}, b"", [], call.content or b"", "")
         request.source = "python"
         request.principal = _IN_PROCESS
+        request.tenant = tenant
         request.request_id = "in process"
         # Nothing is repeated inside a process, so only a key of the caller's own is worth keeping.
         request.idempotency_key = call.idempotency_key
         return call.decode(await settled(endpoint.in_process(request)))
+
+
+class TenantCalls(PublishingCalls):
+    """Publishing in process for one tenant; see `Notifyd.of_tenant`."""
+
+    def __init__(self, perform: Callable[[Call[Any]], Awaitable[Any]]) -> None:
+        self._perform = perform
+
+    async def perform(self, call: Call[T]) -> T:
+        """Make a publishing call. Raises `notifyd.errors`."""
+        answer: T = await self._perform(call)
+        return answer
+
+
+def _of_a_tenant(authenticate: Authenticate, tenants: Tenants) -> Authenticate:
+    """The application's own way, but for users of a tenant that does not exist."""
+
+    async def authenticated(connection: HTTPConnection) -> Identity | None:
+        identity = await authenticate(connection)
+        if identity is not None:
+            tenants.of_user(identity)
+        return identity
+
+    return authenticated
 
 
 async def _expire(ledger: AckLedger) -> None:

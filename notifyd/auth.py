@@ -6,6 +6,7 @@ import base64
 import hmac
 import math
 import re
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from hashlib import sha256
@@ -28,6 +29,7 @@ from notifyd.errors import (
 from notifyd.identity import DEFAULT_TENANT, Identity, Principal
 from notifyd.jwks import Fetch, Jwks, algorithm_of, public_key_of_pem
 from notifyd.options import HMAC_ALGORITHMS, AuthSettings, ClaimName
+from notifyd.tenants import Tenants, only_default
 
 MAX_TOKEN_BYTES = 16384
 MAX_TOKEN_TTL = 31_536_000
@@ -93,7 +95,8 @@ _TEXTS = msgspec.json.Decoder(list[str] | str | None)
 class TokenVerifier:
     """Verifies tokens of users (JWT, RFC 7519), remembers verified ones, revokes and mints.
 
-    `clock` gives Unix seconds. `fetch_jwks` replaces the HTTP request for `auth.jwks_url`; it
+    `clock` gives Unix seconds. `tenants` says which tenants a token may be of; without it there are
+    none. `fetch_jwks` replaces the HTTP request for `auth.jwks_url`; it
     returns the document and raises OSError, httpx.HTTPError or jwks.JwksError.
 
     Every algorithm has its one kind of key: HS256, HS384 and HS512 the secrets, RS256 an RSA key,
@@ -114,8 +117,10 @@ class TokenVerifier:
         production: bool,
         clock: Callable[[], float] = time.time,
         fetch_jwks: Fetch | None = None,
+        tenants: Tenants | None = None,
     ) -> None:
         self._clock = clock
+        self._tenants = tenants or only_default()
         self._leeway = settings.leeway_seconds
         self._issuer = settings.jwt_issuer
         self._audience = settings.jwt_audience
@@ -263,13 +268,11 @@ class TokenVerifier:
         if expires_at is None:
             raise Unauthorized("The token has no exp claim, which says when it expires.")
         path = paths["tenant"]
-        if _text(path.find(claims), path.name) not in {None, DEFAULT_TENANT}:
-            raise Unauthorized(
-                "The token is of a tenant, and this server has none.",
-                hint=f'without tenants, the {path.name} claim is absent or "{DEFAULT_TENANT}"',
-            )
+        tenant = self._tenants.of_claim(_text(path.find(claims), path.name), path.name)
         return Identity(
             user_id=_named(names.user_id, user_id, paths["user_id"].name),
+            # The cache holds thousands of tokens of a tenant: one text for all of them.
+            tenant=sys.intern(tenant),
             roles=shared(_roles(paths["roles"], claims)),
             channels=_channels(paths["channels"], claims, shared),
             subscribe=shared(_subscribe(paths["subscribe"], claims)),
@@ -313,9 +316,10 @@ class TokenVerifier:
         """Refuse the user's tokens with an `iat` up to `at` (Unix seconds), or with none.
 
         It holds while this process lives and is never forgotten: how long a token may still live is
-        not known, as there is no bound for `exp`. Beyond 100,000 users the oldest tenth is merged
-        into one time for everybody: then all tokens with an `iat` up to that time, or with none,
-        are refused. That asks some users for a new token, and lets no revoked one in.
+        not known, as there is no bound for `exp`. Beyond 100,000 users the oldest tenth of the
+        tenant with the most is merged into one time for all of that tenant: then its tokens with an
+        `iat` up to that time, or with none, are refused. That asks some users for a new token, and
+        lets no revoked one in.
         """
         self._revocations.add(tenant, user_id, at)
 
@@ -363,14 +367,15 @@ class TokenVerifier:
             )
         if type(ttl) is not int or not 1 <= ttl <= MAX_TOKEN_TTL:
             raise _invalid("ttl", f"a whole number of seconds from 1 to {MAX_TOKEN_TTL:,}")
-        if tenant != DEFAULT_TENANT:
-            raise _invalid("tenant_id", f'absent or "{DEFAULT_TENANT}", as there are no tenants')
+        self._tenants.named(tenant)
         now = self._clock()
         expires_at = math.ceil(now) + ttl
         # `iat` with its fraction: with whole seconds, a token minted in the second of a revocation
         # would be refused along with those it replaces.
         claims: dict[str, Any] = {"exp": expires_at, "iat": now}
         self._claims["user_id"].put(claims, names.user_id(user_id))
+        if tenant != DEFAULT_TENANT:
+            self._claims["tenant"].put(claims, tenant)
         if roles:
             _check_count(roles, "roles", MAX_ROLES)
             self._claims["roles"].put(claims, [_role(role) for role in roles])
@@ -473,26 +478,39 @@ class _TokenCache:
 class _Revocations:
     """One time per user; see TokenVerifier.revoke for what becomes of the oldest."""
 
-    __slots__ = ("_floor", "_times")
+    __slots__ = ("_count", "_floors", "_tenants")
 
     def __init__(self) -> None:
-        self._times: dict[tuple[str, str], float] = {}
-        self._floor = -math.inf
+        self._tenants: dict[str, dict[str, float]] = {}
+        self._floors: dict[str, float] = {}
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._times)
+        return self._count
 
     def add(self, tenant: str, user_id: str, at: float) -> None:
-        user = (tenant, user_id)
+        times = self._tenants.setdefault(tenant, {})
+        self._count += user_id not in times
         # Taken out first, so that the dict stays in the order of the last revocation.
-        self._times[user] = max(at, self._times.pop(user, at))
-        if len(self._times) > MAX_REVOCATIONS:
-            for oldest in list(islice(self._times, MAX_REVOCATIONS // 10)):
-                self._floor = max(self._floor, self._times.pop(oldest))
+        times[user_id] = max(at, times.pop(user_id, at))
+        if self._count > MAX_REVOCATIONS:
+            # Whoever has the most pays for it: another tenant's tokens must not end by that.
+            self._merge(max(self._tenants, key=lambda name: len(self._tenants[name])))
+
+    def _merge(self, tenant: str) -> None:
+        times = self._tenants[tenant]
+        floor = self._floors.get(tenant, -math.inf)
+        for oldest in list(islice(times, max(1, len(times) // 10))):
+            floor = max(floor, times.pop(oldest))
+            self._count -= 1
+        self._floors[tenant] = floor
 
     def check(self, identity: Identity) -> None:
         """Raises Unauthorized for a revoked token."""
-        at = max(self._times.get((identity.tenant, identity.user_id), -math.inf), self._floor)
+        at = max(
+            self._tenants.get(identity.tenant, {}).get(identity.user_id, -math.inf),
+            self._floors.get(identity.tenant, -math.inf),
+        )
         issued_at = -math.inf if identity.issued_at is None else identity.issued_at
         if at > -math.inf and issued_at <= at:
             raise Unauthorized("The token was revoked.")

@@ -25,12 +25,14 @@ from notifyd.queue.postgres import (
     PostgresAckLedger,
     PostgresIdempotencyKeys,
     PostgresTemplates,
+    PostgresTenants,
     PostgresUserLogs,
 )
 from notifyd.queue.redis import (
     RedisAckLedger,
     RedisIdempotencyKeys,
     RedisTemplates,
+    RedisTenants,
     RedisUserLogs,
 )
 from notifyd.queue.redis_keys import RedisKeys
@@ -42,13 +44,14 @@ from notifyd.ratelimit.redis import RedisLimit
 from notifyd.redis_client import Redis
 from notifyd.resilience import BreakerState, CircuitBreaker
 from notifyd.templates import CachedTemplates, MemoryTemplates, TemplateStore
+from notifyd.tenants import MemoryTenants, TenantStore
 
 StoreName: TypeAlias = Literal["redis", "postgres"]
 
 
 class Backends:
-    """Logs, ledger, templates and idempotency keys where the settings say; `logs` and `ledger` are
-    None where they are switched off. `clock` gives Unix seconds.
+    """Logs, ledger, templates, tenants and idempotency keys where the settings say; `logs` and
+    `ledger` are None where they are switched off. `clock` gives Unix seconds.
 
     `on_acknowledged` is told how long each ack took (seconds). Raises ConfigurationError where an
     address cannot be read.
@@ -77,6 +80,7 @@ class Backends:
         self.ledger = self._make_ledger(on_acknowledged) if settings.ack.enabled else None
         kept_in: Backend = settings.queue.backend if settings.queue.enabled else "memory"
         self.templates = self._make_templates(kept_in)
+        self.tenants = self._make_tenants(kept_in)
         self.idempotency = self._make_idempotency_keys(kept_in)
         self._local_limits: list[LocalLimit] = []
         self.rate_limits = self._make_rate_limits() if settings.ratelimit.enabled else None
@@ -212,6 +216,13 @@ class Backends:
         if self.postgres is not None and kept_in == "postgres":
             return CachedTemplates(PostgresTemplates(self.postgres, on_corrupt=self._corrupt))
         return MemoryTemplates()
+
+    def _make_tenants(self, kept_in: Backend) -> TenantStore:
+        if self.redis is not None and kept_in == "redis":
+            return RedisTenants(self.redis, self.redis_keys, on_corrupt=self._corrupt)
+        if self.postgres is not None and kept_in == "postgres":
+            return PostgresTenants(self.postgres, on_corrupt=self._corrupt)
+        return MemoryTenants()
 
     def _make_idempotency_keys(self, kept_in: Backend) -> IdempotencyKeys:
         settings = self._settings.idempotency

@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,12 @@ import msgspec
 from notifyd import __version__
 from notifyd.development import with_credentials, with_kept_credentials
 from notifyd.errors import ConfigurationError, NotifydError, ValidationError
+from notifyd.identity import DEFAULT_TENANT
 from notifyd.options import BreakerSettings, Settings
 from notifyd.settings import default_config, load_settings
 
 if TYPE_CHECKING:
+    from notifyd.auth import TokenVerifier
     from notifyd.client import Disconnected, Event, Notification
 
 EXIT_FAILED = 1
@@ -97,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
     token = commands.add_parser("token", parents=[configured], help="make a user's token")
     token.add_argument("--user", required=True, help="user id")
-    token.add_argument("--tenant", default="default")
+    token.add_argument("--tenant", default="default", help="whose user (default: default)")
     token.add_argument("--role", action="append", default=[], help="may be given several times")
     token.add_argument(
         "--channel",
@@ -114,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--user", help="to this user")
     target.add_argument("--channel", help="to who is subscribed to this channel")
     target.add_argument("--broadcast", action="store_true", help="to everybody connected")
+    send.add_argument("--tenant", help="for this tenant, where the key is bound to none")
     send.add_argument("event", metavar="EVENT", help="its type, as order.created")
     send.add_argument("payload", metavar="JSON", type=_json, help='as {"order_id":42}')
     send.set_defaults(run=_send)
@@ -122,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "listen", parents=[remote], help="print what arrives, one JSON object a line"
     )
     listen.add_argument("--user", default="cli", help="as this user (default: cli)")
+    listen.add_argument("--tenant", default="default", help="whose user (default: default)")
     listen.add_argument(
         "--channel", action="append", default=[], help="subscribe to it; several times"
     )
@@ -224,9 +229,7 @@ def _migrate(arguments: Arguments, environ: Environment) -> int:
 def _token(arguments: Arguments, environ: Environment) -> int:
     settings = with_credentials(load_settings(arguments.config, environ, warn=_warn))
 
-    from notifyd.auth import TokenVerifier
-
-    verifier = TokenVerifier(settings.auth, production=settings.production)
+    verifier = _verifier(settings)
     token, _ = verifier.mint(
         arguments.user,
         ttl=arguments.ttl,
@@ -236,6 +239,19 @@ def _token(arguments: Arguments, environ: Environment) -> int:
     )
     print(token)
     return 0
+
+
+def _verifier(settings: Settings) -> TokenVerifier:
+    from notifyd.auth import TokenVerifier
+    from notifyd.tenants import MemoryTenants, Tenants, only_default
+
+    off = only_default()
+    # Which tenants were created since is for the server to know.
+    any_tenant = msgspec.structs.replace(settings.tenant, auto_create=True)
+    tenants = Tenants(
+        any_tenant, MemoryTenants(), limits=off.limits(DEFAULT_TENANT), clock=time.time
+    )
+    return TokenVerifier(settings.auth, production=settings.production, tenants=tenants)
 
 
 def _send(arguments: Arguments, environ: Environment) -> int:
@@ -251,7 +267,7 @@ def _send(arguments: Arguments, environ: Environment) -> int:
 
     url = arguments.url or _own_url(settings)
     try:
-        with Client(url, api_key=key) as client:
+        with Client(url, api_key=key, tenant=arguments.tenant) as client:
             receipt = client.send(
                 user=arguments.user,
                 channel=arguments.channel,
@@ -270,14 +286,19 @@ def _send(arguments: Arguments, environ: Environment) -> int:
 def _listen(arguments: Arguments, environ: Environment) -> int:
     settings = _settings_of_client(arguments, environ)
 
-    from notifyd.auth import TokenVerifier
     from notifyd.client import Client, NotifydClientError
 
-    verifier = TokenVerifier(settings.auth, production=settings.production)
+    verifier = _verifier(settings)
 
     def token() -> str:
         # The claim covers what is asked for, so that rules of `claim` are met too.
-        return verifier.mint(arguments.user, ttl=DAY, channels=arguments.channel or None)[0]
+        token, _ = verifier.mint(
+            arguments.user,
+            ttl=DAY,
+            channels=arguments.channel or None,
+            tenant=arguments.tenant,
+        )
+        return token
 
     # `_tell` says what the client would log.
     logging.getLogger("notifyd.client").addHandler(logging.NullHandler())
@@ -343,14 +364,16 @@ def _own_url(settings: Settings) -> str:
 
 def _welcome(settings: Settings, url: str) -> str:
     """What development prints once it listens: a page to open, and commands to copy."""
-    from notifyd.auth import TokenVerifier
-
     program = _program()
+    publisher = settings.auth.publisher
+    bound = None if publisher is None else publisher.tenant_id
+    tenant = bound or DEFAULT_TENANT
+    whose = "" if tenant == DEFAULT_TENANT else f" --tenant {tenant}"
     lines = [
         f"notifyd {__version__}, development",
         "",
         f"  Open     {url}/demo",
-        f"  Listen   {program} listen --user alice --url {url}",
+        f"  Listen   {program} listen --user alice{whose} --url {url}",
     ]
     if key := settings.auth.publishing_key:
         body = {
@@ -358,17 +381,20 @@ def _welcome(settings: Settings, url: str) -> str:
             "event_type": "order.created",
             "payload": {"order_id": 42},
         }
+        needs_tenant = []
+        if settings.tenant.enabled and bound is None:
+            needs_tenant = [f"             -H 'X-Tenant-ID: {tenant}' \\"]
         lines += [
             f"  Send     curl {url}/api/v1/notifications \\",
             f"             -H 'X-API-Key: {key}' -H 'Content-Type: application/json' \\",
+            *needs_tenant,
             f"             -d {shlex.quote(json.dumps(body))}",
         ]
     if settings.auth.jwt_secrets:
-        verifier = TokenVerifier(settings.auth, production=False)
-        token, _ = verifier.mint("alice", ttl=DAY)
+        token, _ = _verifier(settings).mint("alice", ttl=DAY, tenant=tenant)
         lines += [
             f"  Token    {token}",
-            f"           (alice's, for a day; another: {program} token --user bob)",
+            f"           (alice's, for a day; another: {program} token --user bob{whose})",
         ]
     return "\n".join([*lines, ""])
 

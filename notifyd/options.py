@@ -226,7 +226,8 @@ class AuthSettings(Section, frozen=True, kw_only=True):
         tuple[ApiKeySettings, ...],
         says(
             "Keys of backends: name, key or sha256 (hex), scopes (read, publish, admin; admin if "
-            "not given), expires_at, rate (as 1000/hour, instead of that of ratelimit).",
+            "not given), tenant_id (with tenants: the one it is bound to), expires_at, rate (as "
+            "1000/hour, instead of that of ratelimit).",
             example=[{"name": "shop", "key": "…", "scopes": ["publish"]}],
         ),
     ] = ()
@@ -251,12 +252,17 @@ class AuthSettings(Section, frozen=True, kw_only=True):
             fold(self, "jwt_algorithms", (*self.jwt_algorithms, "RS256", "ES256"))
 
     @property
-    def publishing_key(self) -> str | None:
+    def publisher(self) -> ApiKeySettings | None:
         """The first key that may publish and is known in full, not by its digest alone."""
         for entry in self.api_keys:
             if entry.key is not None and {"publish", "admin"} & set(entry.scopes):
-                return entry.key
+                return entry
         return None
+
+    @property
+    def publishing_key(self) -> str | None:
+        """That key itself."""
+        return None if self.publisher is None else self.publisher.key
 
 
 class WebSocketSettings(Section, frozen=True, kw_only=True):
@@ -435,6 +441,57 @@ class RateLimitSettings(Section, frozen=True, kw_only=True):
     ] = 200
 
 
+class TenantOverride(Section, frozen=True, kw_only=True):
+    """Limits of one tenant; what is not given is as for the others."""
+
+    max_connections: Annotated[
+        Annotated[int, count("connections")] | None, says("Its connections.")
+    ] = None
+    max_connections_per_user: Annotated[
+        Annotated[int, count("connections")] | None, says("Connections of one of its users.")
+    ] = None
+    max_subscriptions_per_connection: Annotated[
+        Annotated[int, count("channels")] | None, says("Channels of one of its connections.")
+    ] = None
+
+
+class TenantSettings(Section, frozen=True, kw_only=True):
+    """Tenants see nothing of one another; their limits stand in place of the websocket section's.
+
+    While they are on, what tenants have in common is `websocket.max_connections`, for all of them
+    together.
+    """
+
+    enabled: Annotated[bool, says("Whether there are tenants; off, there is `default` alone.")] = (
+        False
+    )
+    auto_create: Annotated[
+        bool,
+        says(
+            "Whether a tenant exists as soon as a token or an X-Tenant-ID names it; else only "
+            "those do that are named in overrides, have an API key, or were given limits by PUT "
+            "/api/v1/tenants/{id}/limits."
+        ),
+    ] = True
+    max_connections: Annotated[
+        int, count("connections"), says("Connections of one tenant at this node.")
+    ] = 1000
+    max_connections_per_user: Annotated[
+        int, count("connections"), says("Connections of one user at this node.")
+    ] = 20
+    max_subscriptions_per_connection: Annotated[
+        int, count("channels"), says("Channels of one connection.")
+    ] = 50
+    overrides: Annotated[
+        dict[str, TenantOverride],
+        says(
+            "Tenant to limits of its own, as [tenant.overrides.acme]; what was set at run time "
+            "stands over them.",
+            example={"acme": {"max_connections": 5000}},
+        ),
+    ] = {}
+
+
 class RedisSettings(Section, frozen=True, kw_only=True):
     """Redis 6.2 or newer; used where a backend says so, and where notifications come from it."""
 
@@ -587,6 +644,7 @@ class Settings(Section, frozen=True, kw_only=True):
     ack: AckSettings = AckSettings()
     idempotency: IdempotencySettings = IdempotencySettings()
     ratelimit: RateLimitSettings = RateLimitSettings()
+    tenant: TenantSettings = TenantSettings()
     redis: RedisSettings = RedisSettings()
     breaker: BreakerSettings = BreakerSettings()
     postgres: PostgresSettings = PostgresSettings()

@@ -21,7 +21,8 @@ from urllib.parse import SplitResult, urlsplit
 import msgspec
 from msgspec import inspect
 
-from notifyd.errors import ConfigurationError
+from notifyd import names
+from notifyd.errors import ConfigurationError, ValidationError
 from notifyd.identity import DEFAULT_TENANT
 from notifyd.options import (
     RATE,
@@ -42,6 +43,8 @@ from notifyd.options import (
     RedisSettings,
     ServerSettings,
     Settings,
+    TenantOverride,
+    TenantSettings,
     WebSocketSettings,
     bare,
     expectation,
@@ -68,6 +71,8 @@ __all__ = [
     "RedisSettings",
     "ServerSettings",
     "Settings",
+    "TenantOverride",
+    "TenantSettings",
     "WebSocketSettings",
     "default_config",
     "load_settings",
@@ -121,7 +126,10 @@ def problems(settings: Settings) -> list[str]:
         *_server(settings.server),
         *_secrets(settings.auth),
         *_public_keys(settings.auth, production=settings.production),
-        *_api_keys(settings.auth, limited=settings.ratelimit.enabled),
+        *_api_keys(
+            settings.auth, limited=settings.ratelimit.enabled, tenants=settings.tenant.enabled
+        ),
+        *_tenants(settings),
         *_patterns(settings.channels),
         *_origins(settings.cors),
     ]
@@ -407,15 +415,15 @@ def _public_keys(auth: AuthSettings, *, production: bool) -> Iterator[str]:
             yield f'auth.jwks_url: "{auth.jwks_url}" is refused in production; use https'
 
 
-def _api_keys(auth: AuthSettings, *, limited: bool) -> Iterator[str]:
-    names: set[str] = set()
+def _api_keys(auth: AuthSettings, *, limited: bool, tenants: bool) -> Iterator[str]:
+    taken: set[str] = set()
     for index, key in enumerate(auth.api_keys):
         option = f'auth.api_keys[{index}] ("{key.name}")'
         if (key.key is None) == (key.sha256 is None):
             yield f"{option}: give either key or sha256"
-        if key.name in names:
+        if key.name in taken:
             yield f"{option}: another key has this name; give it one of its own"
-        names.add(key.name)
+        taken.add(key.name)
         if key.rate is not None and not limited:
             yield (
                 f'{option}: rate "{key.rate}" holds only where limits are on; set '
@@ -423,10 +431,49 @@ def _api_keys(auth: AuthSettings, *, limited: bool) -> Iterator[str]:
             )
         elif key.rate is not None and not re.search(RATE, key.rate):
             yield f'{option}: rate "{key.rate}" is no rate; write it as "1000/hour"'
-        if key.tenant_id not in {None, DEFAULT_TENANT}:
+        if key.tenant_id is None:
+            continue
+        if not tenants and key.tenant_id != DEFAULT_TENANT:
             yield (
                 f'{option}: tenant_id "{key.tenant_id}" is refused, there are no tenants but '
-                f'"{DEFAULT_TENANT}"; remove it'
+                f'"{DEFAULT_TENANT}"; remove it, or set tenant.enabled to true'
+            )
+        elif not _is_tenant(key.tenant_id):
+            yield f'{option}: tenant_id "{key.tenant_id}" is no tenant id, {_TENANT_RULE}'
+
+
+_TENANT_RULE = f"which is 1 to {names.MAX_TENANT_ID} of letters, digits, - _ ."
+
+
+def _is_tenant(name: str) -> bool:
+    try:
+        names.tenant_id(name)
+    except ValidationError:
+        return False
+    return True
+
+
+def _tenants(settings: Settings) -> Iterator[str]:
+    tenant, most = settings.tenant, settings.websocket.max_connections
+    if not tenant.enabled:
+        if tenant.overrides:
+            yield (
+                "tenant.overrides: tenants are switched off; set tenant.enabled to true, or remove "
+                "them"
+            )
+        return
+    if tenant.max_connections > most:
+        yield (
+            f"tenant.max_connections: {tenant.max_connections} must be at most "
+            f"websocket.max_connections ({most}), which is for all tenants together"
+        )
+    for name, override in tenant.overrides.items():
+        if not _is_tenant(name):
+            yield f'tenant.overrides: "{name}" is no tenant id, {_TENANT_RULE}'
+        if override.max_connections is not None and override.max_connections > most:
+            yield (
+                f'tenant.overrides: max_connections of "{name}", {override.max_connections}, must '
+                f"be at most websocket.max_connections ({most})"
             )
 
 

@@ -11,6 +11,7 @@ const $ = (selector, root = document) => root.querySelector(selector);
 const path = (name) => new URL(name, document.baseURI);
 
 let apiKey = null;
+let tenantId = "default";
 
 async function fetchSession() {
   const response = await fetch(path("demo/session"));
@@ -361,7 +362,11 @@ async function publish(event) {
   try {
     const response = await fetch(path("api/v1/notifications"), {
       method: "POST",
-      headers: { "Content-Type": "application/json", "X-API-Key": apiKey },
+      headers: {
+        "Content-Type": "application/json",
+        "X-API-Key": apiKey,
+        "X-Tenant-ID": tenantId, // without tenants there is this one all the same
+      },
       body,
     });
     const answer = await response.json();
@@ -391,6 +396,7 @@ function showCommand() {
   const quoted = body.replaceAll("'", `'\\''`);
   $("#command").textContent =
     `curl ${path("api/v1/notifications")} \\\n  -H 'X-API-Key: ${apiKey ?? "…"}' \\\n` +
+    (tenantId === "default" ? "" : `  -H 'X-Tenant-ID: ${tenantId}' \\\n`) +
     `  -H 'Content-Type: application/json' \\\n  -d '${quoted}'`;
 }
 
@@ -414,6 +420,7 @@ async function start() {
     return;
   }
   apiKey = session.api_key;
+  tenantId = session.tenant_id;
   if (!apiKey) showProblem("The settings hold only the digest of the API key: publish from a terminal.");
   const users = session.users.map((user, index) => new User(user, index ? "sse" : "websocket"));
   for (const user of users) {

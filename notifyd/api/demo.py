@@ -15,6 +15,7 @@ import msgspec
 from notifyd.api.guard import Answer, Description, Endpoint, Guard, Headers, Request
 from notifyd.auth import TokenVerifier
 from notifyd.errors import Forbidden
+from notifyd.identity import DEFAULT_TENANT
 
 USERS = ("alice", "bob")
 TOKEN_SECONDS = 86_400
@@ -45,22 +46,31 @@ class DemoUser(msgspec.Struct, frozen=True):
 
 
 class DemoSession(msgspec.Struct, frozen=True):
-    """What the page works with; `api_key` is null where no key that publishes is known in full."""
+    """What the page works with; `api_key` is null where no key that publishes is known in full.
+    `tenant_id` is whose users they are."""
 
     users: list[DemoUser]
     api_key: str | None
+    tenant_id: str
 
 
 class Demo:
     """The demo's handlers; the composition root makes one in development only.
 
-    `api_key` is one that may publish.
+    `api_key` is one that may publish, `tenant` the tenant that it is bound to, if any.
     """
 
-    def __init__(self, guard: Guard, verifier: TokenVerifier, api_key: str | None) -> None:
+    def __init__(
+        self,
+        guard: Guard,
+        verifier: TokenVerifier,
+        api_key: str | None,
+        tenant: str = DEFAULT_TENANT,
+    ) -> None:
         self._guard = guard
         self._verifier = verifier
         self._api_key = api_key
+        self._tenant = tenant
 
     def endpoints(self) -> list[Endpoint]:
         """The page, its files, and what it works with."""
@@ -101,10 +111,12 @@ class Demo:
         # Fetch metadata: `none` is a person who types the address; not every client sends it.
         if request.header(b"sec-fetch-site") not in (None, b"same-origin", b"none"):
             raise Forbidden("The demo's session is for its own page.")
-        session = DemoSession(
-            [DemoUser(name, self._verifier.mint(name, ttl=TOKEN_SECONDS)[0]) for name in USERS],
-            self._api_key,
-        )
+        tenant = self._tenant
+        users = [
+            DemoUser(name, self._verifier.mint(name, ttl=TOKEN_SECONDS, tenant=tenant)[0])
+            for name in USERS
+        ]
+        session = DemoSession(users, self._api_key, tenant)
         return Answer(200, msgspec.json.encode(session), _HEADERS)
 
 

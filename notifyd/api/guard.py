@@ -43,6 +43,7 @@ from notifyd.identity import DEFAULT_TENANT, Identity, Principal
 from notifyd.metrics import Counter, Metrics
 from notifyd.ratelimit.base import RateExceeded, Verdict
 from notifyd.ratelimit.limits import RateLimits
+from notifyd.tenants import Tenants, only_default
 
 MAX_BODY_BYTES = 65536
 RETRY_AFTER_SECONDS = 1
@@ -182,7 +183,7 @@ class Guard:
 
     `identify` turns a request into the user who sends it (raises Unauthorized and its like);
     `credentials` tells browsers that cookies may come along. `rate_limits` is None where limits are
-    off.
+    off; `tenants` says for whom a key speaks, and without it there are none.
     """
 
     def __init__(
@@ -196,7 +197,9 @@ class Guard:
         metrics: Metrics,
         production: bool,
         rate_limits: RateLimits | None = None,
+        tenants: Tenants | None = None,
     ) -> None:
+        self.tenants = tenants or only_default()
         self.api_keys = api_keys
         self.identify = identify
         self.origins = origins
@@ -209,17 +212,18 @@ class Guard:
 
     # --- who calls ---
 
-    def may_read(self, request: Request) -> bool:
-        """Whether an open endpoint may tell this caller more: development, or a key that reads."""
-        if not self.production:
-            return True
+    def reader(self, request: Request) -> Principal | None:
+        """To whom an open endpoint may tell more: a key that reads, or in development anybody."""
         key = request.header(b"x-api-key") or bearer(request.header(b"authorization"))
-        if key is None:
-            return False
-        try:
-            return self.api_keys.authenticate(key).may("read")
-        except Unauthorized:
-            return False
+        principal = None if self.production else _NO_PRINCIPAL
+        if key is not None:
+            try:
+                known = self.api_keys.authenticate(key)
+            except Unauthorized:
+                return principal
+            if known.may("read"):
+                return known
+        return principal
 
     # --- how often ---
 
@@ -362,7 +366,11 @@ class Guard:
 
 
 class Endpoint:
-    """A route: its method and path, who may call, its limits, and the handler behind the guard."""
+    """A route: its method and path, who may call, its limits, and the handler behind the guard.
+
+    `operating`: it is about the server and not of one tenant, so that a key bound to none need not
+    name one.
+    """
 
     __slots__ = (
         "_answered",
@@ -372,12 +380,15 @@ class Endpoint:
         "_limits",
         "_needs_key",
         "_seconds",
+        "_tenant_of_key",
+        "_tenants",
         "access",
         "description",
         "handler",
         "idempotent",
         "max_body",
         "method",
+        "operating",
         "path",
         "status",
     )
@@ -395,6 +406,7 @@ class Endpoint:
         status: int = 200,
         idempotent: bool = False,
         limited: bool = True,
+        operating: bool = False,
     ) -> None:
         """`limited`: it counts against the caller's rate, where limits are on."""
         self.method = method
@@ -406,9 +418,12 @@ class Endpoint:
         self.status = status
         self.idempotent = idempotent
         self._needs_key = access not in {"user", "open"}
+        self.operating = operating
         self._guard = guard
         self._limits = guard.rate_limits if limited else None
         self._authenticate = guard.api_keys.authenticate
+        self._tenants = tenants = guard.tenants
+        self._tenant_of_key = tenants.of_operator if operating else tenants.of_key
         self._seconds = guard.metrics.http_request_seconds
         self._counters: dict[tuple[str, int], Counter] = {}
         self._answered = self._counter(method, status)
@@ -436,7 +451,8 @@ class Endpoint:
                 elif name == b"x-request-id":
                     offered_id = value
                 elif name == b"x-tenant-id":
-                    tenant = value
+                    # Several are one list (RFC 9110, section 5.3), and that is no tenant's name.
+                    tenant = value if tenant is None else tenant + b"," + value
                 elif name == b"origin":
                     origin = value
                 else:
@@ -456,10 +472,8 @@ class Endpoint:
                 scopes = principal.scopes
                 if access not in scopes and "admin" not in scopes:
                     raise _out_of_scope(principal, access)
-                if principal.tenant is not None:
-                    request.tenant = principal.tenant
-            if tenant is not None and tenant != b"default" and access != "open":
-                raise _no_tenants()
+                if tenant is not None or self._tenants.enabled:
+                    request.tenant = self._tenant_of_key(principal, tenant)
             if len(request.body) > self.max_body:
                 raise too_large(self.max_body)
             if idempotency_key is not None and self.idempotent:
@@ -474,7 +488,7 @@ class Endpoint:
                     lambda: self._guard.attempt(request, self.handler, self.status),
                 )
             elif access == "user":
-                result = self._as_user(request)
+                result = self._as_user(request, tenant)
             else:
                 result = self.handler(request)
             if is_awaitable(result):
@@ -574,21 +588,22 @@ class Endpoint:
             request, msgspec.structs.replace(refusal, headers=refusal.headers + headers)
         )
 
-    def _as_user(self, request: Request) -> Eventually[msgspec.Struct | None]:
+    def _as_user(self, request: Request, tenant: bytes | None) -> Eventually[msgspec.Struct | None]:
         identity = self._guard.identify(request)
         if is_awaitable(identity):
-            return self._as_user_later(request, identity)
-        return self._identified(request, identity)
+            return self._as_user_later(request, tenant, identity)
+        return self._identified(request, tenant, identity)
 
     async def _as_user_later(
-        self, request: Request, pending: Awaitable[Identity]
+        self, request: Request, tenant: bytes | None, pending: Awaitable[Identity]
     ) -> msgspec.Struct | None:
-        result = self._identified(request, await pending)
+        result = self._identified(request, tenant, await pending)
         return await result if is_awaitable(result) else result
 
     def _identified(
-        self, request: Request, identity: Identity
+        self, request: Request, tenant: bytes | None, identity: Identity
     ) -> Eventually[msgspec.Struct | None]:
+        self._tenants.of_user(identity, tenant)
         request.identity = identity
         request.tenant = identity.tenant
         return self.handler(request)
@@ -693,14 +708,6 @@ def _out_of_scope(principal: Principal, access: str) -> Forbidden:
     return Forbidden(
         f'The API key "{principal.name}" does not cover this call, which needs the scope {access}.',
         hint=f'add "{access}" to its scopes in auth.api_keys',
-    )
-
-
-def _no_tenants() -> BadRequest:
-    return BadRequest(
-        f'There are no tenants here but "{DEFAULT_TENANT}".',
-        field="X-Tenant-ID",
-        constraint=f'"{DEFAULT_TENANT}", or no such header',
     )
 
 

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from notifyd.api.guard import Answer, Description, Endpoint, Guard, Request
-from notifyd.api.stats import ConnectionFigures, QueueFigures, Stats, StoreFigures
+from notifyd.api.stats import QueueFigures, Stats, StoreFigures
 from notifyd.errors import ShuttingDown, Unavailable
 from notifyd.eventually import Eventually, then
 from notifyd.metrics import Metrics
@@ -26,8 +26,8 @@ class ConnectionHealth(msgspec.Struct, gc=False):
 
 
 class QueueHealth(msgspec.Struct, gc=False):
-    """What waits for users who are not connected; `total_messages` is null while the store does not
-    answer."""
+    """What waits for users who are not connected, of all tenants; `total_messages` is null while
+    the store does not answer, and for a key that is bound to one tenant."""
 
     enabled: bool
     backend: str
@@ -138,6 +138,7 @@ class Operations:
                     self.metrics,
                     description,
                     access="open" if public else "read",
+                    operating=True,
                 )
             )
         return endpoints
@@ -147,22 +148,26 @@ class Operations:
         well = self._phase() == "ready" and not self._stats.stores.down()
         status: Literal["healthy", "degraded"] = "healthy" if well else "degraded"
         uptime = max(0, int(self._clock() - self._started_at))
-        if not self._guard.may_read(request):
+        reader = self._guard.reader(request)
+        if reader is None:
             return Health(status, __version__, uptime)
-        connections = self._stats.connections(request.tenant)
+        bound = reader.tenant if self._stats.bound(reader) else None
+        connections = self._stats.connected(bound)
 
         def in_full(queue: QueueFigures) -> Health:
             return Health(
                 status,
                 __version__,
                 uptime,
-                connections=_connection_health(connections),
+                connections=ConnectionHealth(
+                    connections.total, connections.unique_users, connections.channels
+                ),
                 queue=QueueHealth(queue.enabled, queue.backend, queue.total_messages),
                 cluster=ClusterHealth(enabled=False),
                 **self._stats.stores.figures(),
             )
 
-        return then(self._stats.queue(), in_full)
+        return then(self._stats.queue(hidden=bound is not None), in_full)
 
     def live(self, request: Request) -> Alive:
         """GET /health/live."""
@@ -181,13 +186,10 @@ class Operations:
         return Ready("ready")
 
     def metrics(self, request: Request) -> Eventually[Answer]:
-        """GET /metrics."""
+        """GET /metrics. Raises Forbidden for a key that is bound to a tenant: they are of all."""
+        self._stats.require_unbound(request.principal)
         return then(self._stats.measure(), self._rendered)
 
     def _rendered(self, _: None) -> Answer:
         body = self._metrics.render()
         return Answer(200, body, content_type=self._metrics.content_type.encode())
-
-
-def _connection_health(figures: ConnectionFigures) -> ConnectionHealth:
-    return ConnectionHealth(figures.total_connections, figures.unique_users, len(figures.channels))

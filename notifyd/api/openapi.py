@@ -41,6 +41,8 @@ _WHO: dict[Access, str] = {
     "open": "Open to anybody.",
 }
 
+_OF_KEYS: frozenset[Access] = frozenset({"read", "publish", "admin"})
+
 
 def openapi_endpoint(guard: Guard, endpoints: Sequence[Endpoint]) -> Endpoint:
     """GET /openapi.json, which describes `endpoints` and itself."""
@@ -90,10 +92,27 @@ def _operation(endpoint: Endpoint, schema_of: dict[Any, dict[str, Any]]) -> dict
         "tags": [description.tag],
         "security": _SECURITY[endpoint.access],
     }
-    parameters = [
+    parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall(r"{(\w+)}", endpoint.path)
     ]
+    if endpoint.access in _OF_KEYS:
+        parameters.append(
+            {
+                "name": "X-Tenant-ID",
+                "in": "header",
+                "required": False,
+                "description": (
+                    "With tenants, the one that the call is for"
+                    + (
+                        ", if any."
+                        if endpoint.operating
+                        else ". Needed where the key is bound to none."
+                    )
+                ),
+                "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
+            }
+        )
     if endpoint.idempotent:
         parameters.append(
             {

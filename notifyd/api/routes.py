@@ -29,6 +29,7 @@ from notifyd.api.notifications import Publishing
 from notifyd.api.openapi import openapi_endpoint
 from notifyd.api.stats import NO_STORES, Stats, Stores
 from notifyd.api.templates import Templates
+from notifyd.api.tenants import TenantApi
 from notifyd.api.users import Users
 from notifyd.auth import TokenVerifier
 from notifyd.connections.lifecycle import Lifecycle
@@ -101,6 +102,7 @@ def build_endpoints(services: Services) -> list[Endpoint]:
         ).endpoints(),
         *Templates(guard, services.templates, clock=clock).endpoints(),
         *Acks(guard, services.confirmations, services.ledger).endpoints(),
+        *TenantApi(guard, services.registry).endpoints(),
         *stats.endpoints(),
         *Operations(
             guard,

@@ -10,8 +10,9 @@ import msgspec
 
 from notifyd.api.guard import Description, Endpoint, Guard, Request
 from notifyd.connections.registry import Registry
-from notifyd.errors import Unavailable
+from notifyd.errors import Forbidden, Unavailable
 from notifyd.eventually import Eventually, is_awaitable, settled, then
+from notifyd.identity import Principal
 from notifyd.metrics import FAILURE_REASONS, SOURCES, TARGETS, TRANSPORTS, Counter, Metrics
 from notifyd.queue.base import AckLedger, AckStats, UserLogs
 from notifyd.resilience import BreakerState, CircuitBreaker
@@ -29,6 +30,14 @@ class ConnectionFigures(msgspec.Struct, gc=False):
     channels: dict[str, int]
 
 
+class ConnectionTotals(msgspec.Struct, gc=False):
+    """Connections open now."""
+
+    total: int
+    unique_users: int
+    channels: int
+
+
 class UserFigures(msgspec.Struct, gc=False):
     """Users with at least one connection."""
 
@@ -43,7 +52,8 @@ class ChannelFigures(msgspec.Struct, gc=False):
 
 
 class NotificationFigures(msgspec.Struct, gc=False):
-    """Since the start. `total_sent` counts notifications, `total_delivered` connections."""
+    """Since the start, of all tenants. `total_sent` counts notifications, `total_delivered`
+    connections."""
 
     total_sent: int
     total_delivered: int
@@ -54,8 +64,8 @@ class NotificationFigures(msgspec.Struct, gc=False):
 
 
 class QueueFigures(msgspec.Struct, gc=False):
-    """What waits for users who are not connected; `total_messages` is null while the store does not
-    answer."""
+    """What waits for users who are not connected, of all tenants; `total_messages` is null while
+    the store does not answer, and for a key that is bound to one tenant."""
 
     enabled: bool
     backend: str
@@ -87,12 +97,14 @@ class StoreFigures(msgspec.Struct, gc=False, omit_defaults=True):
 
 
 class Figures(msgspec.Struct, gc=False):
-    """All of it; `ack` is null while its store does not answer."""
+    """All of it; `ack` is null while its store does not answer. `notifications` and `ack` are of
+    all tenants, and null for a key that is bound to one.
+    """
 
     connections: ConnectionFigures
     users: UserFigures
     channels: ChannelFigures
-    notifications: NotificationFigures
+    notifications: NotificationFigures | None
     queue: QueueFigures
     ack: AckFigures | None
     redis: StoreFigures
@@ -191,10 +203,12 @@ class Stats:
             {name: len(channel.connections) for name, channel in tenant.channels.items()},
         )
 
-    def queue(self) -> Eventually[QueueFigures]:
-        """Of all tenants."""
+    def queue(self, *, hidden: bool = False) -> Eventually[QueueFigures]:
+        """Of all tenants; `hidden` from who may not know of all."""
         if self._logs is None:
             return QueueFigures(False, self._queue_backend, 0)
+        if hidden:
+            return QueueFigures(True, self._queue_backend, None)
         depth = or_none(self._logs.depth)
         if is_awaitable(depth):
             return self._queue_later(depth)
@@ -203,32 +217,67 @@ class Stats:
     async def _queue_later(self, depth: Awaitable[int | None]) -> QueueFigures:
         return QueueFigures(True, self._queue_backend, await depth)
 
+    def bound(self, principal: Principal) -> bool:
+        """Whether this caller may know of one tenant alone."""
+        return self._guard.tenants.enabled and principal.tenant is not None
+
+    def require_unbound(self, principal: Principal) -> None:
+        """Raises Forbidden where he may not know of all tenants."""
+        if self.bound(principal):
+            raise Forbidden(
+                f'These figures are of all tenants, and the API key "{principal.name}" is bound to '
+                "one."
+            )
+
+    def connected(self, tenant_name: str | None) -> ConnectionTotals:
+        """Of one tenant or all."""
+        registry = self._registry
+        if tenant_name is None:
+            return ConnectionTotals(len(registry), registry.users, registry.channels)
+        tenant = registry.tenant(tenant_name)
+        return ConnectionTotals(len(tenant.connections), len(tenant.users), len(tenant.channels))
+
     def acks(self, request: Request) -> Eventually[AckFigures]:
         """GET /api/v1/stats/acks."""
+        self.require_unbound(request.principal)
         if self._ledger is None:
             return _NO_ACKS
         return then(self._ledger.stats(), _ack_figures)
 
     def all(self, request: Request) -> Eventually[Figures]:
         """GET /stats and GET /api/v1/stats."""
+        if self.bound(request.principal):
+            return then(
+                self.queue(hidden=True),
+                lambda queue: self._figures(request, queue, None, notifications=None),
+            )
         queue, acks = self.queue(), or_none(partial(self.acks, request))
         if is_awaitable(queue) or is_awaitable(acks):
             return self._all_later(request, queue, acks)
-        return self._figures(request, queue, acks)
+        return self._figures(request, queue, acks, notifications=self._notifications())
 
     async def _all_later(
         self, request: Request, queue: Eventually[QueueFigures], acks: Eventually[AckFigures | None]
     ) -> Figures:
-        return self._figures(request, await settled(queue), await settled(acks))
+        return self._figures(
+            request, await settled(queue), await settled(acks), notifications=self._notifications()
+        )
 
-    def _figures(self, request: Request, queue: QueueFigures, acks: AckFigures | None) -> Figures:
+    def _figures(
+        self,
+        request: Request,
+        queue: QueueFigures,
+        acks: AckFigures | None,
+        *,
+        notifications: NotificationFigures | None,
+    ) -> Figures:
         connections = self.connections(request.tenant)
         subscriptions = sum(connections.channels.values())
         return Figures(
             connections,
             UserFigures(connections.unique_users),
             ChannelFigures(len(connections.channels), subscriptions),
-            self._notifications(),
+            notifications,
             queue,
             acks,
             **self.stores.figures(),

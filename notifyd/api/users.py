@@ -16,9 +16,8 @@ from notifyd.auth import TokenVerifier
 from notifyd.connections.connection import Connection, Transport
 from notifyd.connections.lifecycle import Lifecycle
 from notifyd.connections.registry import Registry
-from notifyd.errors import NotFound
+from notifyd.errors import Forbidden, NotFound
 from notifyd.identifiers import canonical_uuid, timestamp_text
-from notifyd.identity import DEFAULT_TENANT
 from notifyd.names import channel_name, user_id
 from notifyd.wire import second_text
 
@@ -94,7 +93,9 @@ class Presence(msgspec.Struct, gc=False):
 
 
 class TokenBody(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
-    """A token to be made; `ttl` in seconds, `channels` names or patterns to be held to."""
+    """A token to be made; `ttl` in seconds, `channels` names or patterns to be held to.
+    `tenant_id`, if given, is the tenant that the call is for.
+    """
 
     user_id: UserId
     ttl: Annotated[int, Meta(ge=1, le=31_536_000, examples=[3600])]
@@ -293,12 +294,21 @@ class Users:
     def token(self, request: Request) -> Answer:
         """POST /api/v1/tokens."""
         body = self._token_body(request.body)
+        tenant = request.tenant
+        if body.tenant_id is not None:
+            tenant = self._guard.tenants.named(body.tenant_id)
+            if tenant != request.tenant:
+                raise Forbidden(
+                    "This call is for another tenant.",
+                    field="tenant_id",
+                    constraint="the tenant of the API key or of X-Tenant-ID, or absent",
+                )
         token, expires_at = self._verifier.mint(
             body.user_id,
             ttl=body.ttl,
             roles=body.roles or (),
             channels=body.channels,
-            tenant=DEFAULT_TENANT if body.tenant_id is None else body.tenant_id,
+            tenant=tenant,
         )
         # A credential must not stay in a cache on the way (RFC 9111, section 5.2.2.5).
         headers = ((b"cache-control", b"no-store"),)

@@ -24,6 +24,9 @@ from notifyd.client.results import (
     Receipt,
     Template,
     TemplateList,
+    Tenant,
+    TenantLimitsSet,
+    TenantList,
     Token,
     UserSubscriptions,
 )
@@ -287,6 +290,34 @@ def get_template(id: str) -> Call[Template]:
 def delete_template(id: str) -> Call[None]:
     """Forget a template; 404 where there is none."""
     return _delete(f"/api/v1/templates/{_segment(id)}")
+
+
+def list_tenants() -> Call[TenantList]:
+    """All tenants with their figures; for a key that is bound to none."""
+    return _get("/api/v1/tenants", TenantList)
+
+
+def get_tenant(id: str) -> Call[Tenant]:
+    """A tenant's figures; 404 where there is none."""
+    return _get(f"/api/v1/tenants/{_segment(id)}", Tenant)
+
+
+def set_tenant_limits(
+    id: str,
+    *,
+    max_connections: int | None = None,
+    max_connections_per_user: int | None = None,
+    max_subscriptions_per_connection: int | None = None,
+) -> Call[TenantLimitsSet]:
+    """Set a tenant's limits, which creates it; what is not given is as in the server's settings."""
+    limits = {
+        "max_connections": max_connections,
+        "max_connections_per_user": max_connections_per_user,
+        "max_subscriptions_per_connection": max_subscriptions_per_connection,
+    }
+    body = {name: value for name, value in limits.items() if value is not None}
+    path = f"/api/v1/tenants/{_segment(id)}/limits"
+    return Call("PUT", path, _decoder(TenantLimitsSet), msgspec.json.encode(body), _JSON)
 
 
 def stats() -> Call[dict[str, Any]]:

@@ -111,6 +111,9 @@ class Calls(PublishingCalls):
     list_templates = Endpoint(calls.list_templates)
     get_template = Endpoint(calls.get_template)
     delete_template = Endpoint(calls.delete_template)
+    list_tenants = Endpoint(calls.list_tenants)
+    get_tenant = Endpoint(calls.get_tenant)
+    set_tenant_limits = Endpoint(calls.set_tenant_limits)
     stats = Endpoint(calls.stats)
     ack_stats = Endpoint(calls.ack_stats)
     health = Endpoint(calls.health)
@@ -119,11 +122,11 @@ class Calls(PublishingCalls):
 class Client(Calls):
     """A notifyd server, for code that blocks. Threads may share one.
 
-    `api_key` is for a backend's calls; `token` (a user's JWT, or a function that fetches one) for
-    `listen` and `ack`. `timeout`, `verify` and `transport` are httpx's (a listener's handshake has
-    the connect timeout), `retry` bounds how calls are repeated. `clock` is monotonic; it, `sleep`
-    and `random` are there for tests. Close it, or use it in a `with` block: that ends its
-    listeners too.
+    `api_key` is for a backend's calls, for `tenant` where the key is bound to none; `token` (a
+    user's JWT, or a function that fetches one) for `listen` and `ack`. `timeout`, `verify` and
+    `transport` are httpx's (a listener's handshake has the connect timeout), `retry` bounds how
+    calls are repeated. `clock` is monotonic; it, `sleep` and `random` are there for tests. Close
+    it, or use it in a `with` block: that ends its listeners too.
     """
 
     def __init__(
@@ -131,6 +134,7 @@ class Client(Calls):
         base_url: str,
         *,
         api_key: str | None = None,
+        tenant: str | None = None,
         token: str | Callable[[], str] | None = None,
         timeout: httpx.Timeout | float | None = _DEFAULT_TIMEOUT,
         retry: Retry | None = None,
@@ -141,7 +145,7 @@ class Client(Calls):
         sleep: Callable[[float], None] = time.sleep,
         random: Callable[[], float] = random.random,
     ) -> None:
-        self._credentials = _credentials(api_key, token)
+        self._credentials = _credentials(api_key, tenant, token)
         self._fetch_token = token if callable(token) else None
         self._retry = retry or Retry()
         self._clock = clock
@@ -243,6 +247,7 @@ class AsyncClient(Calls):
         base_url: str,
         *,
         api_key: str | None = None,
+        tenant: str | None = None,
         token: str | Callable[[], str | Awaitable[str]] | None = None,
         timeout: httpx.Timeout | float | None = _DEFAULT_TIMEOUT,
         retry: Retry | None = None,
@@ -253,7 +258,7 @@ class AsyncClient(Calls):
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         random: Callable[[], float] = random.random,
     ) -> None:
-        self._credentials = _credentials(api_key, token)
+        self._credentials = _credentials(api_key, tenant, token)
         self._fetch_token = token if callable(token) else None
         self._retry = retry or Retry()
         self._clock = clock
@@ -344,9 +349,10 @@ class AsyncClient(Calls):
         await self.aclose()
 
 
-def _credentials(api_key: str | None, token: object) -> Credentials:
+def _credentials(api_key: str | None, tenant: str | None, token: object) -> Credentials:
     return Credentials(
         api_key=api_key,
+        tenant=tenant,
         token=token if isinstance(token, str) else None,
         renewable=callable(token),
     )

@@ -19,12 +19,13 @@ class Wait:
 
 @dataclass(slots=True)
 class Credentials:
-    """An API key for a backend's calls, a JWT for a user's.
+    """An API key for a backend's calls and the tenant that they are for, a JWT for a user's.
 
     `token` is the one in use, None until one is fetched; `renewable` says whether another can be
-    fetched when the server refuses this one. Neither is shown by `repr`.
+    fetched when the server refuses this one. Neither key nor token is shown by `repr`.
     """
 
     api_key: str | None = field(default=None, repr=False)
+    tenant: str | None = None
     token: str | None = field(default=None, repr=False)
     renewable: bool = False

@@ -130,6 +130,48 @@ class Presence(msgspec.Struct, frozen=True):
     online: dict[str, int]
 
 
+class TenantLimits(msgspec.Struct, frozen=True):
+    """What a tenant may have at a node."""
+
+    max_connections: int
+    max_connections_per_user: int
+    max_subscriptions_per_connection: int
+
+
+class TenantSums(msgspec.Struct, frozen=True):
+    """Of a day and a month, in UTC."""
+
+    today: int
+    this_month: int
+
+
+class Tenant(msgspec.Struct, frozen=True):
+    """A tenant's figures; `notifications` and `deliveries` are None while the server's store does
+    not answer."""
+
+    id: str
+    connections: int
+    users: int
+    channels: int
+    limits: TenantLimits
+    notifications: TenantSums | None = None
+    deliveries: TenantSums | None = None
+
+
+class TenantList(msgspec.Struct, frozen=True):
+    """All tenants."""
+
+    tenants: list[Tenant]
+    total: int
+
+
+class TenantLimitsSet(msgspec.Struct, frozen=True):
+    """The limits that a tenant has from now on."""
+
+    id: str
+    limits: TenantLimits
+
+
 class Token(msgspec.Struct, frozen=True):
     """A user's JWT, minted by the server."""
 

@@ -93,8 +93,11 @@ def exchange(
                     raise TypeError(f"a token function gave {type(fetched).__name__}, not str")
                 token = credentials.token = fetched
             headers["Authorization"] = f"Bearer {token}"
-        elif credentials.api_key is not None:
-            headers["X-API-Key"] = credentials.api_key
+        else:
+            if credentials.api_key is not None:
+                headers["X-API-Key"] = credentials.api_key
+            if credentials.tenant is not None:
+                headers["X-Tenant-ID"] = credentials.tenant
 
         reply = yield Attempt(call.method, call.path, headers, call.content)
         error: NotifydClientError

@@ -42,6 +42,7 @@ from notifyd.names import channel_name
 from notifyd.ratelimit.base import RateExceeded, Verdict
 from notifyd.ratelimit.limits import RateLimits
 from notifyd.ratelimit.messages import MessageBudget
+from notifyd.tenants import TenantLimits
 
 AUTH_SECONDS = 10.0
 MAX_AUTHENTICATING = 1000
@@ -84,13 +85,13 @@ def reason_for(close_code: int) -> str:
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """How many connections there may be, and what each may ask for."""
+    """How many connections there may be of all tenants together, and how they live. `of_tenant` has
+    what each tenant may have, as it is now."""
 
     max_connections: int
-    max_connections_per_user: int
     evict_on_user_limit: bool
-    max_subscriptions_per_connection: int
     heartbeat_interval: float
+    of_tenant: Callable[[str], TenantLimits]
 
 
 class Lifecycle:
@@ -191,14 +192,25 @@ class Lifecycle:
                 raise ConnectionLimit(
                     "Too many connections wait for authentication.", retry_after=int(AUTH_SECONDS)
                 )
-        elif not limits.evict_on_user_limit:
-            self._check_user_room(identity)
+        else:
+            self._check_room_of(identity)
 
-    def _check_user_room(self, identity: Identity) -> None:
-        connections = self.registry.tenant(identity.tenant).of_user(identity.user_id)
-        if len(connections) >= self._limits.max_connections_per_user:
+    def _check_room_of(self, identity: Identity) -> None:
+        """Whether the user and his tenant may have one more connection; one that is given up for it
+        makes room."""
+        tenant = self.registry.tenant(identity.tenant)
+        limits = self._limits.of_tenant(identity.tenant)
+        his = len(tenant.of_user(identity.user_id))
+        if his >= limits.max_connections_per_user:
+            if self._limits.evict_on_user_limit:
+                return
             raise UserConnectionLimit(
-                f"This user has {len(connections)} connections, as many as one user may have.",
+                f"This user has {his} connections, as many as one user may have.",
+                retry_after=LIMIT_RETRY_AFTER,
+            )
+        if len(tenant.connections) >= limits.max_connections:
+            raise ConnectionLimit(
+                "This tenant has as many connections as it may have.",
                 retry_after=LIMIT_RETRY_AFTER,
             )
 
@@ -228,7 +240,11 @@ class Lifecycle:
         if identity is None:
             self._await_auth(connection)
         else:
-            self._open(connection, identity, handshake.channels)
+            try:
+                self._open(connection, identity, handshake.channels)
+            except ConnectionLimit as error:
+                # Its room was taken between the handshake's answer and now.
+                self.close(connection, error.close_code, error.message, error)
         return connection
 
     def _await_auth(self, connection: Connection) -> None:
@@ -284,11 +300,10 @@ class Lifecycle:
     def _make_room(self, identity: Identity) -> None:
         """Evict the user's connection that was heard from longest ago, where he has too many."""
         connections = self.registry.tenant(identity.tenant).of_user(identity.user_id)
-        surplus = len(connections) - self._limits.max_connections_per_user + 1
-        if surplus <= 0:
-            return
-        if not self._limits.evict_on_user_limit:
-            self._check_user_room(identity)
+        # Once more: others may have come while this one was told that it may.
+        self._check_room_of(identity)
+        most = self._limits.of_tenant(identity.tenant).max_connections_per_user
+        surplus = max(0, len(connections) - most + 1)
         for connection in sorted(connections, key=lambda each: each.last_heard)[:surplus]:
             error = UserConnectionLimit("Given up for a newer connection of the same user.")
             self.close(connection, GIVEN_UP, error.message, error)
@@ -470,8 +485,6 @@ class Lifecycle:
 
     def _authenticated(self, connection: Connection, identity: Identity) -> None:
         self._stop_waiting(connection)
-        if not self._limits.evict_on_user_limit:
-            self._check_user_room(identity)
         self._open(connection, identity)
 
     def _refresh(self, connection: Connection, token: str) -> None:
@@ -520,13 +533,15 @@ class Lifecycle:
     # --- channels ---
 
     def _subscribe(self, connection: Connection, channel: str) -> bool:
-        if (
-            channel not in connection.subscriptions
-            and len(connection.subscriptions) >= self._limits.max_subscriptions_per_connection
-        ):
+        if channel not in connection.subscriptions and len(
+            connection.subscriptions
+        ) >= self._most_subscriptions(connection.identity):
             return False
         self.registry.subscribe(connection, channel)
         return True
+
+    def _most_subscriptions(self, identity: Identity) -> int:
+        return self._limits.of_tenant(identity.tenant).max_subscriptions_per_connection
 
     def _subscribe_asked(self, connection: Connection, channels: Sequence[str]) -> None:
         """Subscribe to what the rules allow; what they refuse is named, the rest stands."""
@@ -544,7 +559,7 @@ class Lifecycle:
             elif self._subscribe(connection, channel):
                 granted[channel] = None
             else:
-                most = self._limits.max_subscriptions_per_connection
+                most = self._most_subscriptions(connection.identity)
                 refused[channel] = f"a connection may have at most {most} subscriptions"
         if granted or not refused:
             connection.offer(wire.names_message("subscribed", granted))
@@ -568,7 +583,7 @@ class Lifecycle:
         room for them all, and then changes nothing.
         """
         connections = self.registry.tenant(tenant).of_user(user_id)
-        most = self._limits.max_subscriptions_per_connection
+        most = self._limits.of_tenant(tenant).max_subscriptions_per_connection
         for connection in connections:
             if len({*connection.subscriptions, *channels}) > most:
                 raise ValidationError(

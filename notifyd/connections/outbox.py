@@ -11,7 +11,8 @@ import os
 from asyncio import AbstractEventLoop, Future
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from operator import length_hint
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from notifyd.connections.connection import Connection
@@ -25,6 +26,10 @@ SLICE_SECONDS = 0.002
 milliseconds."""
 
 CHECK_EVERY = 16
+
+MAX_FAN_OUTS = 8
+"""So many of one tenant may be under way; a further one first waits for the oldest, so that who
+sends faster than can be written is slowed down himself."""
 
 
 class Sink(Protocol):
@@ -54,9 +59,26 @@ class Bounds:
         self.total_bytes = total_bytes
 
 
+class Outboxes:
+    """Outboxes of one transport that get the same, and where each of them stands."""
+
+    __slots__ = ("_places", "all")
+
+    def __init__(self, outboxes: Iterable[Outbox]) -> None:
+        self.all = tuple(outboxes)
+        self._places: dict[Outbox, int] | None = None
+
+    def place(self, outbox: Outbox) -> int | None:
+        """Where it stands, None where it is not among them."""
+        places = self._places
+        if places is None:
+            places = self._places = {each: place for place, each in enumerate(self.all)}
+        return places.get(outbox)
+
+
 class Recipients:
-    """Connections that get the same, their outboxes by transport. It stands for this very set:
-    where the same name later reaches others, there is another one.
+    """Connections of one tenant that get the same, their outboxes by transport. It stands for this
+    very set: where the same name later reaches others, there is another one.
     """
 
     __slots__ = ("_streams", "_websockets", "connections")
@@ -66,37 +88,58 @@ class Recipients:
         self._websockets = self._outboxes("websocket")
         self._streams = self._outboxes("sse")
 
-    def _outboxes(self, transport: str) -> tuple[Outbox, ...]:
-        return tuple(each.outbox for each in self.connections if each.transport == transport)
+    def _outboxes(self, transport: str) -> Outboxes:
+        return Outboxes(each.outbox for each in self.connections if each.transport == transport)
+
+    @property
+    def tenant(self) -> str:
+        """Whose connections they are."""
+        return self.connections[0].identity.tenant if self.connections else ""
 
     @property
     def websockets(self) -> int:
         """How many of them are WebSockets."""
-        return len(self._websockets)
+        return len(self._websockets.all)
 
     @property
     def streams(self) -> int:
         """How many of them are SSE streams."""
-        return len(self._streams)
+        return len(self._streams.all)
+
+    def __contains__(self, outbox: Outbox) -> bool:
+        return any(each.place(outbox) is not None for each in (self._websockets, self._streams))
 
     def fan_outs(self, messages: Sequence[Message]) -> Iterator[FanOut]:
         """The messages, joined, for each transport that is among them."""
-        if self._websockets:
+        if self._websockets.all:
             data = b"".join([message.websocket for message in messages])
-            yield FanOut(iter(self._websockets), data, len(messages))
-        if self._streams:
+            yield FanOut(self._websockets, data, len(messages))
+        if self._streams.all:
             data = b"".join([message.sse for message in messages])
-            yield FanOut(iter(self._streams), data, len(messages))
+            yield FanOut(self._streams, data, len(messages))
 
 
-class FanOut(NamedTuple):
-    """The same bytes for many outboxes, `messages` messages of them; who had them is no more in
-    `outboxes`.
+class FanOut:
+    """The same bytes for many outboxes, `messages` messages of them. `rest` gives who has yet to
+    get them, each once, and None in the place of one that was given them before his turn.
     """
 
-    outboxes: Iterator[Outbox]
-    data: bytes
-    messages: int
+    __slots__ = ("_places", "_row", "data", "messages", "rest")
+
+    def __init__(self, outboxes: Outboxes, data: bytes, messages: int) -> None:
+        self._places = outboxes
+        self._row: list[Outbox | None] = list(outboxes.all)
+        self.rest = iter(self._row)
+        self.data = data
+        self.messages = messages
+
+    def take_out(self, outbox: Outbox) -> bool:
+        """Whether it has yet to get this; from now on it has."""
+        place = self._places.place(outbox)
+        if place is None or place < len(self._row) - length_hint(self.rest):
+            return False
+        waits, self._row[place] = self._row[place] is not None, None
+        return waits
 
 
 class Flusher:
@@ -114,9 +157,10 @@ class Flusher:
         self._gathered_for: Recipients | None = None
         self._gathered: list[Message] = []
         self._gathered_bytes = 0
-        self._fan_outs: deque[FanOut] = deque()
+        # Of each tenant in order; of tenants, the one whose turn it is first.
+        self._fan_outs: dict[str, deque[FanOut]] = {}
         self.gathers = False
-        """Whether `spread` has something to put."""
+        """Whether something is on its way to many."""
 
     def start(self, loop: AbstractEventLoop) -> None:
         """Flush in this loop's turns."""
@@ -129,39 +173,58 @@ class Flusher:
 
     def put_all(self, recipients: Recipients, message: Message) -> None:
         """`Outbox.put` for many: what goes to the same recipients in one loop turn is joined once
-        for all of them, and put when the turn ends or anything else is put.
+        for all of them, and put when the turn ends, a slice at a time.
         """
         if recipients is not self._gathered_for:
-            if self._gathered_for is not None:
-                self.spread()
+            self._join_gathered()
             self._gathered_for = recipients
             self.gathers = True
         self._gathered.append(message)
         self._gathered_bytes += len(message.json)
         if self._gathered_bytes > WRITE_BYTES:
-            self.spread()
+            self._join_gathered()
         self._schedule_run()
 
-    def spread(self) -> None:
-        """Put what was gathered and is not written yet. Called before anything else is put, so that
-        order holds.
+    def spread_to(self, outbox: Outbox) -> bool:
+        """Put into this one what is on its way to many and has not reached it; False where it is
+        closed, or was just found too slow. Called before anything else is put into it, so that
+        order holds; the others get it in their turn.
         """
-        if self._gathered_for is not None:
+        if outbox.closed:
+            return False
+        if self._gathered_for is not None and outbox in self._gathered_for:
             self._join_gathered()
-        while self._fan_outs:
-            outboxes, data, messages = self._fan_outs.popleft()
-            for outbox in outboxes:
-                self._put(outbox, data, messages)
-            if self.waiting_bytes > self.bounds.total_bytes:
-                self.relieve()
-            self._schedule_run()
-        self.gathers = False
+        if self._fan_outs:
+            for fan_out in tuple(self._fan_outs.get(outbox.connection.identity.tenant, ())):
+                if fan_out.take_out(outbox):
+                    self._put(outbox, fan_out.data, fan_out.messages)
+                    self._schedule_run()
+        return not outbox.closed
 
     def _join_gathered(self) -> None:
         recipients, messages = self._gathered_for, self._gathered
         self._gathered_for, self._gathered, self._gathered_bytes = None, [], 0
-        if recipients is not None:
-            self._fan_outs.extend(recipients.fan_outs(messages))
+        if recipients is None or not recipients.connections:
+            return
+        tenant = recipients.tenant
+        under_way = self._fan_outs.setdefault(tenant, deque())
+        under_way.extend(recipients.fan_outs(messages))
+        while len(under_way) > MAX_FAN_OUTS:
+            oldest = under_way[0]
+            for outbox in oldest.rest:
+                if outbox is not None:
+                    self._put(outbox, oldest.data, oldest.messages)
+            self._ended(tenant, oldest)
+
+    def _ended(self, tenant: str, fan_out: FanOut) -> None:
+        under_way = self._fan_outs.get(tenant)
+        if under_way is None or fan_out not in under_way:
+            return  # Who was found too slow in it made the server say so to many.
+        under_way.remove(fan_out)
+        if not under_way:
+            del self._fan_outs[tenant]
+        if self.waiting_bytes > self.bounds.total_bytes:
+            self.relieve()
 
     def _put(self, outbox: Outbox, data: bytes, messages: int) -> None:
         if outbox.closed:
@@ -185,56 +248,20 @@ class Flusher:
     def _run(self) -> None:
         deadline = self.loop.time() + SLICE_SECONDS
         try:
-            if self._write_fan_outs(deadline):
-                if self.waiting_bytes > self.bounds.total_bytes:
-                    self.relieve()
-                self._flush_dirty(deadline)
+            # What is for one first: it must not wait for what another tenant sends to many.
+            if self._flush_some(deadline):
+                self._fan_out_some(deadline)
         finally:
             # Also where one sink failed: the others must not wait for ever.
+            self.gathers = bool(self._fan_outs) or self._gathered_for is not None
             if self._dirty or self.gathers:
                 self.loop.call_soon(self._run)
             else:
                 self._scheduled = False
 
-    def _write_fan_outs(self, deadline: float) -> bool:
-        """Write what is gathered to outboxes that hold nothing, put it into the others; False where
-        the time was over before."""
-        time, write = self.loop.time, os.write
-        countdown = CHECK_EVERY
-        while self._fan_outs or self._gathered_for is not None:
-            if not self._fan_outs:
-                # Not earlier: what comes while a fan-out goes on is one fan-out behind it.
-                self._join_gathered()
-                continue
-            outboxes, data, messages = self._fan_outs[0]
-            length = len(data)
-            for outbox in outboxes:
-                if not outbox._unhindered or outbox.size:
-                    self._put(outbox, data, messages)
-                elif outbox._descriptor < 0:
-                    outbox._write(data)
-                else:
-                    # By far the most common case: nothing waits, so nothing is put.
-                    try:
-                        written = write(outbox._descriptor, data)
-                    except OSError:
-                        # The transport meets the same, and knows what to do.
-                        written = 0
-                    if written < length:
-                        outbox._write(data[written:])
-                countdown -= 1
-                if not countdown:
-                    if time() >= deadline:
-                        return False
-                    countdown = CHECK_EVERY
-            if self._fan_outs and self._fan_outs[0].outboxes is outboxes:
-                self._fan_outs.popleft()
-        self.gathers = False
-        return True
-
-    def _flush_dirty(self, deadline: float) -> None:
+    def _flush_some(self, deadline: float) -> bool:
+        """Flush what took something, until the deadline; whether all of it was."""
         dirty = self._dirty
-        time = self.loop.time
         countdown = CHECK_EVERY
         while dirty:
             outbox = dirty.popleft()
@@ -250,9 +277,48 @@ class Flusher:
                 outbox.flush()
             countdown -= 1
             if not countdown:
-                if time() >= deadline:
-                    break
+                if self.loop.time() >= deadline:
+                    return not dirty
                 countdown = CHECK_EVERY
+        return True
+
+    def _fan_out_some(self, deadline: float) -> None:
+        """Go on with what is for many until the deadline, then it is another tenant's turn."""
+        countdown = CHECK_EVERY
+        while self._fan_outs or self._gathered_for is not None:
+            gathered = self._gathered_for
+            if gathered is not None and gathered.tenant not in self._fan_outs:
+                # Not earlier: what comes while a fan-out goes on is one fan-out behind it.
+                self._join_gathered()
+                continue
+            tenant, under_way = next(iter(self._fan_outs.items()))
+            fan_out = under_way[0]
+            data, messages = fan_out.data, fan_out.messages
+            length = len(data)
+            for outbox in fan_out.rest:
+                if outbox is None:
+                    continue
+                if not outbox._unhindered or outbox.size:
+                    self._put(outbox, data, messages)
+                elif outbox._descriptor < 0:
+                    outbox._write(data)
+                else:
+                    # By far the most common case: nothing waits, so nothing is put.
+                    try:
+                        written = os.write(outbox._descriptor, data)
+                    except OSError:
+                        # The transport meets the same, and knows what to do.
+                        written = 0
+                    if written < length:
+                        outbox._write(data[written:])
+                countdown -= 1
+                if not countdown:
+                    if self.loop.time() >= deadline:
+                        # Taken out and put back, it stands last.
+                        self._fan_outs[tenant] = self._fan_outs.pop(tenant)
+                        return
+                    countdown = CHECK_EVERY
+            self._ended(tenant, fan_out)
 
     def paused(self, outbox: Outbox) -> None:
         """This outbox's transport takes nothing more for now."""
@@ -321,10 +387,10 @@ class Outbox:
 
     def put(self, data: bytes) -> bool:
         """Take whole frames; False where the connection is closed, or was just found too slow."""
-        flusher = self._flusher
-        if flusher.gathers:
-            flusher.spread()
         if self.closed:
+            return False
+        flusher = self._flusher
+        if flusher.gathers and not flusher.spread_to(self):
             return False
         length = len(data)
         self._frames.append(data)
@@ -354,8 +420,8 @@ class Outbox:
 
     def put_ahead(self, data: bytes) -> bool:
         """Take what may not wait behind a replay: the replay itself, and replies."""
-        # First, because what was gathered is live and belongs behind the replay.
-        self._flusher.spread()
+        # First, because what was sent to many is live and belongs behind the replay.
+        self._flusher.spread_to(self)
         if self._ahead is None:
             return self.put(data)
         self._frames, held_back = self._ahead, self._frames
@@ -368,6 +434,8 @@ class Outbox:
         """From here on, what is `put` waits until `let_go`."""
         if self._ahead is not None:
             return
+        # What was sent to many before belongs before it, too.
+        self._flusher.spread_to(self)
         self._unhindered = False
         self._ahead, self._frames = self._frames, []
 
@@ -426,7 +494,7 @@ class Outbox:
 
     def flush_all(self) -> None:
         """Write everything before a close; nothing to a transport that takes nothing."""
-        self._flusher.spread()
+        self._flusher.spread_to(self)
         self.let_go()
         self._write_all()
 

@@ -50,7 +50,8 @@ UserSend: TypeAlias = tuple[str, Notification]
 class Dispatcher:
     """Sends notifications to whom they are for. `logs` or `ledger` is None where it is switched
     off. `store_first` is `queue.mode = "always"`: what is for a user is in his log before it is
-    sent, so that it outlives this process.
+    sent, so that it outlives this process. `tally(tenant, deliveries)` is told what each tenant
+    sends, where somebody counts that.
     """
 
     def __init__(  # noqa: PLR0917  # the parts that it connects
@@ -65,6 +66,7 @@ class Dispatcher:
         clock: Callable[[], float],
         *,
         store_first: bool = False,
+        tally: Callable[[str, int], None] | None = None,
     ) -> None:
         self._registry = registry
         self._flusher = flusher
@@ -73,6 +75,7 @@ class Dispatcher:
         self._ledger = ledger
         self._writes = writes
         self._store_first = store_first
+        self._tally = tally
         self._clock = clock
         self._metrics = metrics
         self._delivered_websocket = metrics.deliveries_total.labels("websocket")
@@ -99,7 +102,8 @@ class Dispatcher:
         started = perf_counter()
         self._notifications(target.type, source).inc()
         try:
-            return self._send(tenant, target, notification, exclude_connection)
+            receipt = self._send(tenant, target, notification, exclude_connection)
+            return receipt if self._tally is None else self._tallied(tenant, receipt)
         finally:
             self._observe_seconds(perf_counter() - started)
 
@@ -148,8 +152,24 @@ class Dispatcher:
                 )
             except Exception as error:  # noqa: BLE001  # the caller's to tell, of this one alone
                 receipts.append(error)
+        if self._tally is not None:
+            receipts = [
+                each if isinstance(each, Exception) else self._tallied(tenant, each)
+                for each in receipts
+            ]
         self._observe_average(perf_counter() - started, len(sends))
         return receipts
+
+    def _tallied(self, tenant: str, receipt: Eventually[Receipt]) -> Eventually[Receipt]:
+        """Count it for its tenant, where that is asked for."""
+        tally = self._tally
+
+        def counted(receipt: Receipt) -> Receipt:
+            if tally is not None:
+                tally(tenant, receipt.delivered_to)
+            return receipt
+
+        return then(receipt, counted)
 
     def _message_at_once(self, notification: Notification) -> Message | None:
         """The message, where whoever is connected is to get it, and nothing else comes first."""

@@ -41,10 +41,8 @@ from notifyd.idempotency import (
     fingerprint,
     key_scope,
 )
-from notifyd.identity import DEFAULT_TENANT
 from notifyd.log import RateLimitedLog
 from notifyd.metrics import Metrics
-from notifyd.names import tenant_id
 from notifyd.notification import Notification, Receipt, Target
 from notifyd.redis_client import Redis
 from notifyd.redis_subscriber import RedisSubscriber
@@ -299,17 +297,6 @@ def _twice() -> ValidationError:
 
 def _too_large(limit: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"The message is larger than {limit:,} bytes.")
-
-
-def only_default_tenant(named: str | None) -> str:
-    """The tenant while tenants are switched off."""
-    if named is not None and tenant_id(named) != DEFAULT_TENANT:
-        raise ValidationError(
-            "Tenants are switched off.",
-            field="tenant_id",
-            constraint=f"left out, or {DEFAULT_TENANT}",
-        )
-    return DEFAULT_TENANT
 
 
 class BadMessages:

@@ -1,4 +1,4 @@
-"""User logs, the ledger, templates and idempotency keys in Redis.
+"""User logs, the ledger, templates, idempotency keys and what is kept of tenants, in Redis.
 
 Every step that must be whole is one script (lua/), and calls of one turn of the event loop go out
 together, awaited or not. Times are Redis's own, so that all nodes agree; a `clock` stands in for it
@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from datetime import date
 from functools import partial
 from importlib.resources import files
 from typing import Any, Literal
@@ -36,6 +37,7 @@ from notifyd.queue.codec import CorruptEntry, decode_entry, encode_entry
 from notifyd.queue.redis_keys import RedisKeys, bucket_of, member
 from notifyd.redis_client import Redis, Script, Word
 from notifyd.templates import MAX_TEMPLATES, Template
+from notifyd.tenants import MAX_TENANTS, Counts, Figures, Kept, LimitChanges, too_many
 
 GRACE_SECONDS = 7 * 86_400
 """How long a log's keys outlive its entries, for a sweep that counts them off."""
@@ -53,6 +55,9 @@ ACK_TIME_SAMPLES = 1024
 USERS_PER_CALL = 200
 RECIPIENTS_PER_CALL = 1000
 SWEPT_PER_CALL = 500
+TENANTS_PER_CALL = 500
+DAY_COUNTS_SECONDS = 3 * 86_400
+MONTH_COUNTS_SECONDS = 40 * 86_400
 LEASE_SECONDS = 60.0
 """How long a call may work under an idempotency key before another may."""
 
@@ -767,3 +772,104 @@ class RedisIdempotencyKeys:
             self._end(claim).add_done_callback(_retrieve)
         except (Unavailable, RuntimeError):
             return  # Redis is away, or the event loop is: the lease runs out.
+
+
+# --- tenants --------------------------------------------------------------------------------------
+
+_encode_limits = msgspec.json.Encoder().encode
+_decode_limits = msgspec.json.Decoder(LimitChanges).decode
+
+
+class RedisTenants:
+    """`TenantStore` in Redis. Limits are configuration, and do not expire; limits that cannot be
+    read are told to `on_corrupt`, and are as if they had not been set."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        keys: RedisKeys,
+        *,
+        on_corrupt: Callable[[str], None],
+        max_tenants: int = MAX_TENANTS,
+    ) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._corrupt = _CorruptLog(on_corrupt)
+        self._max_tenants = max_tenants
+        self._limits = _script("limits")
+        self._counts = _script("counts")
+
+    async def read(self, known: int | None) -> Kept | None:
+        """See `TenantStore.read`. Raises Unavailable."""
+        key = self._keys.tenant_limits
+        if known is not None and int(await self._redis.command("HGET", key, "") or 0) == known:
+            return None
+        answer: list[bytes] = await self._redis.command("HGETALL", key)
+        fields = dict(zip(answer[::2], answer[1::2], strict=True))
+        version = int(fields.pop(b"", 0))
+        limits = {name.decode(): self._decoded(body) for name, body in fields.items()}
+        return Kept(version, {name: each for name, each in limits.items() if each is not None})
+
+    def _decoded(self, body: bytes) -> LimitChanges | None:
+        try:
+            return _decode_limits(body)
+        except msgspec.MsgspecError as error:
+            self._corrupt.tell("a tenant's limits cannot be read", "limits", error)
+            return None
+
+    def put(self, tenant: str, limits: LimitChanges) -> Awaitable[None]:
+        """See `TenantStore.put`. Raises Unavailable."""
+
+        def done(answer: bytes) -> None:
+            if answer == b"full":
+                raise too_many(self._max_tenants)
+
+        args = (tenant, _encode_limits(limits), self._max_tenants)
+        return self._redis.run(self._limits, (self._keys.tenant_limits,), args, done)
+
+    async def add(self, day: date, counts: Mapping[str, Counts]) -> None:
+        """See `TenantStore.add`. Raises Unavailable; then a part may have been added."""
+        keys = self._periods(day)
+        rows = [(name, each.notifications, each.deliveries) for name, each in counts.items()]
+        for first in range(0, len(rows), TENANTS_PER_CALL):
+            some = [word for row in rows[first : first + TENANTS_PER_CALL] for word in row]
+            args = (DAY_COUNTS_SECONDS, MONTH_COUNTS_SECONDS, *some)
+            await self._redis.run(self._counts, keys, args)
+
+    def _periods(self, day: date) -> tuple[str, str]:
+        text = day.isoformat()
+        return self._keys.tenant_counts(text), self._keys.tenant_counts(text[:7])
+
+    async def figures(self, day: date, tenant: str | None = None) -> Mapping[str, Figures]:
+        """See `TenantStore.figures`. Raises Unavailable."""
+        asked = [self._period(key, tenant) for key in self._periods(day)]
+        today, month = [await each for each in asked]
+        return {name: Figures(today.get(name, Counts()), counts) for name, counts in month.items()}
+
+    def _period(self, key: str, tenant: str | None) -> asyncio.Future[dict[str, Counts]]:
+        if tenant is not None:
+            names = (f"{tenant}|n", f"{tenant}|d")
+            return self._redis.command(
+                "HMGET",
+                key,
+                *names,
+                convert=lambda answer: _counts(zip(names, answer, strict=True)),
+            )
+        return self._redis.command(
+            "HGETALL",
+            key,
+            convert=lambda answer: _counts(
+                (name.decode(), count)
+                for name, count in zip(answer[::2], answer[1::2], strict=True)
+            ),
+        )
+
+
+def _counts(fields: Iterable[tuple[str, bytes | None]]) -> dict[str, Counts]:
+    counts: dict[str, Counts] = {}
+    for field, count in fields:
+        if count is not None:
+            name, _, what = field.partition("|")
+            added = Counts(int(count), 0) if what == "n" else Counts(0, int(count))
+            counts[name] = counts.get(name, Counts()) + added
+    return counts

@@ -5,45 +5,40 @@
     prefix:{acks}:record:<tenant>|<id>         a notification in the ledger, with pending: beside it
     prefix:{acks}:stats                        what the ledger counts, with order, due and times
     prefix:{<tenant>}:templates
+    prefix:{tenants}:limits                    what tenants may have, where it was set at run time
+    prefix:{tenants}:counts:<day or month>     what each of them has sent
     prefix:{idem-<digest of a scope>}
     prefix:{rate|<limit>|<caller>}             a bucket of tokens
     prefix:{trigger}:lease                     the node that dispatches what comes from Redis
     prefix:probe                               a key, and what channels of probes begin with
 
-Names are percent-encoded, so that no name reaches another's keys: a tenant's cannot hold the bar
-that ends it. A script touches keys of one hash tag, the part in braces, which a cluster keeps on
-one node. A user's tag is one of `BUCKETS` and not his own, so that the count and the first expiry
-over many users can change in the same step as his log.
+Names are percent-encoded, so that no name reaches another's keys (`notifyd.tenants.scoped`). A
+script touches keys of one hash tag, the part in braces, which a cluster keeps on one node. A user's
+tag is one of `BUCKETS` and not his own, so that the count and the first expiry over many users can
+change in the same step as his log.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from typing import NamedTuple
-from urllib.parse import quote
 from zlib import crc32
 
 import msgspec
 
+from notifyd.tenants import encoded
+from notifyd.tenants import scoped as member
+
 BUCKETS = 64
 """Part of what is stored: a user is looked for in the bucket that his name gives."""
-
-_PLAIN = re.compile(r"[A-Za-z0-9_.~-]+").fullmatch
-
-
-def member(tenant: str, name: str) -> str:
-    """A name within its tenant, as part of a key and as a member of a set."""
-    return f"{_encoded(tenant)}|{_encoded(name)}"
-
-
-def _encoded(name: str) -> str:
-    return name if _PLAIN(name) is not None else quote(name, safe="")
 
 
 def bucket_of(member: str) -> int:
     """Where a user is kept."""
     return crc32(member.encode()) % BUCKETS
+
+
+__all__ = ["BUCKETS", "Bucket", "LedgerKeys", "RedisKeys", "bucket_of", "member"]
 
 
 class Bucket(NamedTuple):
@@ -92,6 +87,7 @@ class RedisKeys:
         )
         self.trigger_lease = f"{prefix}:{{trigger}}:lease"
         self.probe = f"{prefix}:probe"
+        self.tenant_limits = f"{prefix}:{{tenants}}:limits"
 
     def _bucket(self, number: int) -> Bucket:
         tag = f"{self._prefix}:{{{number}}}:"
@@ -105,7 +101,11 @@ class RedisKeys:
 
     def templates(self, tenant: str) -> str:
         """All templates of a tenant."""
-        return f"{self._prefix}:{{{_encoded(tenant)}}}:templates"
+        return f"{self._prefix}:{{{encoded(tenant)}}}:templates"
+
+    def tenant_counts(self, period: str) -> str:
+        """What tenants sent in a day (`2026-01-31`) or a month (`2026-01`)."""
+        return f"{self._prefix}:{{tenants}}:counts:{period}"
 
     def idempotency(self, scope: tuple[str, ...]) -> str:
         """What is known of an idempotency key; hashed, for it may be long, or somebody's secret."""
@@ -114,4 +114,4 @@ class RedisKeys:
 
     def rate_limit(self, limit: str, who: str) -> str:
         """A caller's bucket under the limit of this name, which has no bar in it."""
-        return f"{self._prefix}:{{rate|{limit}|{_encoded(who)}}}"
+        return f"{self._prefix}:{{rate|{limit}|{encoded(who)}}}"

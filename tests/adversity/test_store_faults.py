@@ -276,6 +276,7 @@ async def test_what_a_dying_connection_held_is_kept_until_the_store_is_back(
             assert {each["reason"] for each in heard if each["type"] == "gap"} == {
                 "queue_unavailable"
             }
+            assert heard[-1]["replayed"] == 4, heard
             heard = [each for each in heard if each["type"] == "notification"]
     await recovered(host, faulty)
     if comes_back == "afterwards":

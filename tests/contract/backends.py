@@ -25,18 +25,21 @@ from notifyd.queue.postgres import (
     PostgresAckLedger,
     PostgresIdempotencyKeys,
     PostgresTemplates,
+    PostgresTenants,
     PostgresUserLogs,
 )
 from notifyd.queue.redis import (
     RedisAckLedger,
     RedisIdempotencyKeys,
     RedisTemplates,
+    RedisTenants,
     RedisUserLogs,
 )
 from notifyd.queue.redis_keys import RedisKeys
 from notifyd.redis_client import Redis
 from notifyd.resilience import CircuitBreaker
 from notifyd.templates import MemoryTemplates, TemplateStore
+from notifyd.tenants import MemoryTenants, TenantStore
 from tests.stores import schema
 
 NOW = 1_800_000_000.0
@@ -95,6 +98,8 @@ class Backend(Protocol):
 
     async def templates(self, *, max_per_tenant: int = 100) -> TemplateStore: ...
 
+    async def tenants(self, *, max_tenants: int = 100) -> TenantStore: ...
+
 
 class Memory:
     """This process's memory."""
@@ -135,6 +140,9 @@ class Memory:
 
     async def templates(self, *, max_per_tenant: int = 100) -> TemplateStore:
         return MemoryTemplates(max_per_tenant=max_per_tenant)
+
+    async def tenants(self, *, max_tenants: int = 100) -> TenantStore:
+        return MemoryTenants(max_tenants=max_tenants)
 
 
 class PostgresBackend:
@@ -191,6 +199,11 @@ class PostgresBackend:
             self.postgres, on_corrupt=self.told.corrupt.append, max_per_tenant=max_per_tenant
         )
 
+    async def tenants(self, *, max_tenants: int = 100) -> TenantStore:
+        return PostgresTenants(
+            self.postgres, on_corrupt=self.told.corrupt.append, max_tenants=max_tenants
+        )
+
 
 class RedisBackend:
     """Keys of its own in a real Redis."""
@@ -244,6 +257,14 @@ class RedisBackend:
             self.keys,
             on_corrupt=self.told.corrupt.append,
             max_per_tenant=max_per_tenant,
+        )
+
+    async def tenants(self, *, max_tenants: int = 100) -> TenantStore:
+        return RedisTenants(
+            self.redis,
+            self.keys,
+            on_corrupt=self.told.corrupt.append,
+            max_tenants=max_tenants,
         )
 
 

@@ -33,6 +33,7 @@ from notifyd.metrics import Metrics
 from notifyd.options import ApiKeySettings, AuthSettings, ChannelRule, IdempotencySettings
 from notifyd.queue.memory import MemoryAckLedger, MemoryUserLogs
 from notifyd.templates import MemoryTemplates, TemplateStore
+from notifyd.tenants import TenantLimits
 
 ADMIN = "admin-key-0123456789"
 PUBLISH = "publish-key-0123456789"
@@ -185,7 +186,7 @@ class ApiServer:
             admission=admission,
             verify=self.verifier.verify,
             rules=ChannelRules({"*": ChannelRule(subscribe="any")}),
-            limits=Limits(1000, 20, True, 50, 30),
+            limits=Limits(1000, True, 30, lambda name: TenantLimits(1000, 20, 50)),
             metrics=self.metrics,
             clock=self.clock,
             spread=lambda low, high: low,

@@ -36,6 +36,7 @@ from notifyd.queue.memory import MemoryAckLedger, MemoryUserLogs
 from notifyd.ratelimit.bucket import Rate
 from notifyd.ratelimit.limits import RateLimits, Rates
 from notifyd.ratelimit.local import LocalLimit
+from notifyd.tenants import TenantLimits
 
 NOW = 1_800_000_000.0
 SECRET = "s" * 64
@@ -509,14 +510,20 @@ class Connected:
         self.world.lifecycle.lost(self.connection)
 
 
-def limits_of(**changed: Any) -> Limits:
-    return msgspec.structs.replace(
-        Limits(
-            max_connections=1000,
-            max_connections_per_user=20,
-            evict_on_user_limit=True,
-            max_subscriptions_per_connection=50,
-            heartbeat_interval=30,
-        ),
-        **changed,
+def limits_of(
+    *,
+    max_connections: int = 1000,
+    max_connections_of_tenant: int = 1000,
+    max_connections_per_user: int = 20,
+    evict_on_user_limit: bool = True,
+    max_subscriptions_per_connection: int = 50,
+) -> Limits:
+    of_each = TenantLimits(
+        max_connections_of_tenant, max_connections_per_user, max_subscriptions_per_connection
+    )
+    return Limits(
+        max_connections=max_connections,
+        evict_on_user_limit=evict_on_user_limit,
+        heartbeat_interval=30,
+        of_tenant=lambda name: of_each,
     )

@@ -177,7 +177,6 @@ class NothingIsLost(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         flusher = self.world.flusher
-        flusher.spread()
         open_ = [each.connection.outbox for each in self.clients]
         assert flusher.waiting_bytes == sum(outbox.size for outbox in open_)
         assert all(outbox.size == 0 for outbox in open_ if outbox.closed)

@@ -204,6 +204,18 @@ class TestToken:
         assert claims["channels"] == ["order:*"]
         assert 60 <= claims["exp"] - claims["iat"] < 62
 
+    def test_of_a_tenant(self, capsys: pytest.CaptureFixture[str]) -> None:
+        # Which of them were created by a call is for the server to know.
+        environ = {
+            "NOTIFYD_AUTH__JWT_SECRET": SECRET,
+            "NOTIFYD_TENANT__ENABLED": "true",
+            "NOTIFYD_TENANT__AUTO_CREATE": "false",
+        }
+        assert cli.main(["token", "--user", "u1", "--tenant", "acme"], environ) == 0
+        claims = jwt.decode(capsys.readouterr().out.strip(), SECRET, algorithms=["HS256"])
+        assert claims["tenant_id"] == "acme"
+        assert cli.main(["token", "--user", "u1", "--tenant", "a:b"], environ) == 2
+
     def test_development_keeps_its_secret(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -274,6 +286,25 @@ class TestServe:
         assert claims["sub"] == "alice"
 
     @pytest.mark.usefixtures("app")
+    @pytest.mark.parametrize("bound", [None, "acme"])
+    def test_with_tenants_it_says_for_which(
+        self, bound: str | None, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        keys = [{"name": "backend", "key": KEY, "tenant_id": bound}]
+        environ = {
+            "NOTIFYD_AUTH__API_KEYS": json.dumps(keys),
+            "NOTIFYD_AUTH__JWT_SECRET": SECRET,
+            "NOTIFYD_TENANT__ENABLED": "true",
+        }
+        assert cli.main(["serve"], environ) == 0
+        told = capsys.readouterr().out
+        token = next(word for word in told.split() if word.startswith("eyJ"))
+        claims = jwt.decode(token, SECRET, algorithms=["HS256"])
+        assert claims.get("tenant_id") == bound
+        assert ("X-Tenant-ID: default" in told) == (bound is None)
+        assert ("listen --user alice --tenant acme" in told) == (bound == "acme")
+
+    @pytest.mark.usefixtures("app")
     def test_it_shows_no_key_that_it_does_not_have(
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -329,11 +360,13 @@ class Publishing(BaseHTTPRequestHandler):
     """Answers a publishing call as the server would, and keeps what it was asked."""
 
     requests: ClassVar[list[tuple[str, str | None, object]]] = []
+    tenants: ClassVar[list[str | None]] = []
     answers: ClassVar[list[tuple[int, object]]] = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.requests.append((self.path, self.headers["X-API-Key"], body))
+        self.tenants.append(self.headers["X-Tenant-ID"])
         status, answer = self.answers.pop(0)
         content = json.dumps(answer).encode()
         self.send_response(status)
@@ -351,6 +384,7 @@ class TestSend:
     def url(self) -> Iterator[str]:
         Publishing.requests.clear()
         Publishing.answers.clear()
+        Publishing.tenants.clear()
         with ThreadingHTTPServer(("127.0.0.1", 0), Publishing) as server:
             thread = threading.Thread(target=server.serve_forever, args=(0.01,))
             thread.start()
@@ -392,6 +426,13 @@ class TestSend:
         told = json.loads(capsys.readouterr().out)
         assert told["outcome"] == "delivered"
         assert told["delivered_to"] == 1
+
+    def test_for_a_tenant(self, url: str) -> None:
+        Publishing.answers += [(200, self.receipt("delivered"))] * 2
+        argv = ["send", "--user", "u1", "order.created", "{}", "--url", url]
+        assert cli.main(argv, {"NOTIFYD_AUTH__API_KEY": KEY}) == 0
+        assert cli.main([*argv, "--tenant", "acme"], {"NOTIFYD_AUTH__API_KEY": KEY}) == 0
+        assert Publishing.tenants == [None, "acme"]
 
     @pytest.mark.parametrize(
         ("outcome", "code"), [("queued", 0), ("nobody", 0), ("filtered", 0), ("failed", 1)]

@@ -92,8 +92,25 @@ class TestRoom:
             world.lifecycle.check_room(coming(), Identity("u1"))
         assert caught.value.close_code == 4009
         world.lifecycle.check_room(coming(), Identity("u2"))
-        with pytest.raises(UserConnectionLimit):
-            world.connect()
+        # Its room was taken while it was told that it may come.
+        late = world.connect()
+        world.flush()
+        assert [message["type"] for message in late.sink.messages()] == ["error"]
+        assert late.sink.closed is not None
+        assert late.sink.closed[0] == 4009
+
+    def test_no_more_of_a_tenant_than_it_may_have(self) -> None:
+        world = World(limits=limits_of(max_connections_of_tenant=2, max_connections_per_user=2))
+        world.connect("u1")
+        world.connect("u1")
+        with pytest.raises(ConnectionLimit) as caught:
+            world.lifecycle.check_room(coming(), Identity("u2"))
+        assert (caught.value.retry_after, caught.value.close_code) == (30, 4029)
+        # One of his own is given up for it: there are no more than before.
+        world.lifecycle.check_room(coming(), Identity("u1"))
+        world.connect("u1")
+        assert len(world.registry.tenant("default").connections) == 2
+        world.lifecycle.check_room(coming(), Identity("u2", "globex"))
 
     def test_too_many_silent_ones_of_an_address(self) -> None:
         world = World()

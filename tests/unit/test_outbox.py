@@ -11,6 +11,7 @@ import pytest
 from notifyd import wire
 from notifyd.connections.connection import Connection, Transport
 from notifyd.connections.outbox import (
+    MAX_FAN_OUTS,
     SLICE_SECONDS,
     WRITE_BYTES,
     Bounds,
@@ -18,6 +19,7 @@ from notifyd.connections.outbox import (
     Outbox,
     Recipients,
 )
+from notifyd.identity import Identity
 from notifyd.wire import message
 from tests.unit.connected import RecordingSink, manual_loop, outbox_of
 
@@ -438,7 +440,7 @@ class TestPutAll:
         eager.put(b"2")
         waiting.pause()
         outboxes.flusher.put_all(Recipients(many), wire.PONG)
-        outboxes.flusher.spread()
+        outboxes.loop.settle()
         assert outboxes.slow == [slow]
         assert outboxes.flusher.waiting_bytes == waiting.size > 0
         assert b"".join(written(eager)) == b"12" + wire.PONG.sse
@@ -464,7 +466,7 @@ class TestPutAll:
             each.outbox.put(b"x" * n)
         message = wire.message("pong", padding="x" * 100)
         outboxes.flusher.put_all(Recipients(many), message)
-        outboxes.flusher.spread()
+        outboxes.loop.settle()
         assert outboxes.flusher.waiting_bytes <= 10_000
         # The largest first, and none more than it takes.
         slow = len(outboxes.slow)
@@ -518,11 +520,11 @@ class TestPutAll:
         (connection,) = self.connections(outboxes, "websocket")
         recipients = Recipients([connection])
         large = wire.message("x", padding="x" * 30_000)
-        outboxes.flusher.put_all(recipients, large)
-        outboxes.flusher.put_all(recipients, large)
-        assert connection.outbox.size == 0
-        outboxes.flusher.put_all(recipients, large)
-        assert connection.outbox.size == 3 * len(large.websocket)
+        for _ in range(4):
+            outboxes.flusher.put_all(recipients, large)
+        outboxes.loop.settle()
+        size = len(large.websocket)
+        assert [len(each) for each in written(connection.outbox)] == [3 * size, size]
 
     def test_messages_are_counted_although_they_are_joined(self) -> None:
         outboxes = Outboxes(max_messages=10)
@@ -531,8 +533,94 @@ class TestPutAll:
         for _ in range(11):
             assert outboxes.slow == []
             outboxes.flusher.put_all(Recipients([connection]), wire.PONG)
-        outboxes.flusher.spread()
+        outboxes.loop.settle()
         assert outboxes.slow == [connection.outbox]
+
+    def test_what_is_put_into_one_takes_what_was_on_its_way_to_it_along_and_no_more(self) -> None:
+        outboxes, many = self.of_tenants("acme", 100)
+        recipients = Recipients(many)
+        outboxes.flusher.put_all(recipients, message("1"))
+        outboxes.loop.turn()
+        first, last = many[0].outbox, many[-1].outbox
+        assert written(first)
+        assert not written(last)
+        first.put(message("2").websocket)
+        last.put(message("2").websocket)
+        outboxes.flusher.put_all(recipients, message("3"))
+        last.put_ahead(message("4").websocket)
+        assert [each for each in many if each.outbox.size] == [many[0], many[-1]]
+        outboxes.loop.settle()
+        assert self.types(many[0]) == list("123")
+        assert self.types(many[-1]) == list("1234")
+        assert all(self.types(each) == list("13") for each in many[1:-1])
+        assert outboxes.flusher.waiting_bytes == 0
+
+    def test_what_is_for_one_does_not_wait_for_what_is_for_many(self) -> None:
+        outboxes, many = self.of_tenants("acme", 100)
+        other = outboxes.new()
+        outboxes.flusher.put_all(Recipients(many), message("1"))
+        outboxes.loop.turn()
+        other.put(b"x")
+        outboxes.loop.turn()
+        assert written(other) == [b"x"]
+        assert not written(many[-1].outbox)
+
+    def test_tenants_take_turns(self) -> None:
+        outboxes, many = self.of_tenants("acme", 200)
+        others = self.more(outboxes, "globex", 3)
+        outboxes.flusher.put_all(Recipients(many), message("1"))
+        outboxes.flusher.put_all(Recipients(many), message("2"))
+        outboxes.loop.turn()
+        outboxes.flusher.put_all(Recipients(others), message("3"))
+        outboxes.loop.turn()
+        outboxes.loop.turn()
+        assert all(self.types(each) == ["3"] for each in others)
+        assert not written(many[-1].outbox)
+        outboxes.loop.settle()
+        assert all(self.types(each) == ["1", "2"] for each in many)
+
+    def test_who_sends_faster_than_is_written_waits_for_his_oldest(self) -> None:
+        outboxes, many = self.of_tenants("acme", 100)
+        for n in range(MAX_FAN_OUTS + 2):
+            # Never the same set, so that nothing is joined.
+            outboxes.flusher.put_all(Recipients(many), message(str(n)))
+        assert len({each.outbox.messages for each in many}) == 1
+        assert many[0].outbox.messages == 1
+        outboxes.loop.settle()
+        expected = [str(n) for n in range(MAX_FAN_OUTS + 2)]
+        assert all(self.types(each) == expected for each in many)
+
+    def test_one_that_ended_on_the_way_is_passed_over(self) -> None:
+        outboxes, many = self.of_tenants("acme", 100)
+        outboxes.flusher.put_all(Recipients(many), message("1"))
+        outboxes.loop.turn()
+        many[-1].outbox.close()
+        many[-1].outbox.let_connection_go()
+        assert not many[-1].outbox.put(b"x")
+        outboxes.loop.settle()
+        assert not written(many[-1].outbox)
+        assert self.types(many[-2]) == ["1"]
+
+    def of_tenants(self, tenant: str, count: int) -> tuple[Outboxes, list[Connection]]:
+        """Connections of which a slice writes twenty."""
+        outboxes = Outboxes()
+        return outboxes, self.more(outboxes, tenant, count)
+
+    @staticmethod
+    def more(outboxes: Outboxes, tenant: str, count: int) -> list[Connection]:
+        class SlowSink(RecordingSink):
+            def write(self, data: bytes) -> None:
+                outboxes.loop.now += SLICE_SECONDS / 20
+                super().write(data)
+
+        connections = [outboxes.new(SlowSink()).connection for _ in range(count)]
+        for connection in connections:
+            connection.identity = Identity(user_id="u", tenant=tenant)
+        return connections
+
+    @staticmethod
+    def types(connection: Connection) -> list[str]:
+        return cast(RecordingSink, connection.outbox.sink).types()
 
     def test_one_that_keeps_up_although_never_all_at_once_is_not_slow(self) -> None:
         outboxes = Outboxes(max_messages=10)

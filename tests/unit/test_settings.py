@@ -196,7 +196,6 @@ class TestRefusals:
             "NOTIFYD_SERVER__WORKERS",
             "NOTIFYD_CLUSTER__ENABLED",
             "NOTIFYD_CHANNELS__RULES__NEWS",
-            "NOTIFYD_TENANT__ENABLED_FILE",
         ],
     )
     def test_what_does_not_exist_yet_is_unknown(self, variable: str) -> None:

@@ -501,3 +501,49 @@ WHERE known.scope = wanted.scope AND known.owner = $5 AND known.status IS NULL
 -- Frees keys that ended without an answer.
 DELETE FROM notifyd_idempotency_keys
 WHERE scope = ANY ($1::bytea[]) AND owner = $2 AND status IS NULL
+
+-- name: limits_version
+-- What grows with each change of a tenant's limits.
+SELECT version FROM notifyd_tenant_changes
+
+-- name: read_limits
+-- The limits of all tenants that were set at run time.
+SELECT id, limits FROM notifyd_tenants
+
+-- name: change_limits
+-- Of those who change limits one is at work at a time.
+UPDATE notifyd_tenant_changes SET version = version + 1
+
+-- name: put_limits
+-- Keeps a tenant's limits where there is room for one more tenant; returns its name if it did.
+INSERT INTO notifyd_tenants (id, limits)
+SELECT $1, $2 WHERE (SELECT count(*) FROM notifyd_tenants WHERE id <> $1) < $3
+ON CONFLICT (id) DO UPDATE SET limits = EXCLUDED.limits
+RETURNING id
+
+-- name: add_counts
+-- Adds to what tenants sent in a day; rows are locked in the order of names.
+INSERT INTO notifyd_tenant_counts AS known (day, tenant, notifications, deliveries)
+SELECT $1, tenant, notifications, deliveries
+FROM unnest($2::text[], $3::bigint[], $4::bigint[]) AS added (tenant, notifications, deliveries)
+ORDER BY tenant COLLATE "C"
+ON CONFLICT (day, tenant) DO UPDATE SET
+    notifications = known.notifications + EXCLUDED.notifications,
+    deliveries = known.deliveries + EXCLUDED.deliveries
+
+-- name: forget_counts
+-- Deletes what was sent before a day.
+DELETE FROM notifyd_tenant_counts WHERE day < $1
+
+-- name: tenant_figures
+-- What one tenant, or where none is named each, sent on a day and in its month up to it.
+SELECT
+    tenant,
+    coalesce(sum(notifications) FILTER (WHERE day = $1), 0)::bigint AS notifications_today,
+    coalesce(sum(deliveries) FILTER (WHERE day = $1), 0)::bigint AS deliveries_today,
+    sum(notifications)::bigint AS notifications,
+    sum(deliveries)::bigint AS deliveries
+FROM notifyd_tenant_counts
+WHERE day >= date_trunc('month', $1::date)::date AND day <= $1
+    AND ($2::text IS NULL OR tenant = $2)
+GROUP BY tenant
