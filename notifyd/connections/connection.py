@@ -7,7 +7,9 @@ with one reason, whoever asks first.
 from __future__ import annotations
 
 import enum
-from typing import Literal
+from collections import deque
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 from notifyd.connections.outbox import Outbox
 from notifyd.identity import Identity
@@ -33,10 +35,19 @@ class Held:
 
     `connections` are those that took it. `stored`: the user's log has it for sure, so that nothing
     needs to go back there; `in_log`: it has it or may have it, so that a confirmation must settle
-    it there; `since` in Unix seconds.
+    it there; `since` in Unix seconds. `together`: he was one of many to whom it was delivered at
+    once, and counts there until it is settled.
     """
 
-    __slots__ = ("connections", "in_log", "notification", "settled", "since", "stored")
+    __slots__ = (
+        "connections",
+        "in_log",
+        "notification",
+        "settled",
+        "since",
+        "stored",
+        "together",
+    )
 
     def __init__(
         self,
@@ -46,13 +57,62 @@ class Held:
         *,
         stored: bool = False,
         in_log: bool = False,
+        together: HeldTogether | None = None,
     ) -> None:
         self.notification = notification
         self.connections = connections
         self.since = since
+        self.together = together
         self.stored = stored
         self.in_log = in_log or stored
         self.settled = False
+
+
+class HeldTogether:
+    """A notification that was delivered to many users at once, to one connection of each: held for
+    all of them in one, for as long as that is all there is to say of it.
+
+    Where more is to be known of one of them, a `Held` takes its place at his connection. `takers`:
+    who took it, some of whom may hold it no more; `left`: how many users have not settled it.
+    """
+
+    __slots__ = ("left", "look_at", "notification", "settled", "since", "takers")
+
+    stored: ClassVar[bool] = False
+    in_log: ClassVar[bool] = False
+
+    def __init__(
+        self, notification: Notification, takers: Sequence[Connection], since: float
+    ) -> None:
+        self.notification = notification
+        self.takers = deque(takers)
+        self.since = since
+        self.left = len(takers)
+        self.look_at = self.left // 4
+        self.settled = False
+
+    def leave(self) -> None:
+        """One of the users has settled it."""
+        self.left -= 1
+        if self.left <= self.look_at:
+            self.look_after()
+
+    def look_after(self) -> None:
+        """Keep no more takers than a few times as many as hold it: called when `left` is down to
+        `look_at`."""
+        id = self.notification.id
+        if not self.left:
+            self.settled = True
+            self.takers.clear()
+        else:
+            self.takers = deque(each for each in self.takers if self.is_held_by(each, id))
+        self.look_at = self.left // 4
+
+    def is_held_by(self, connection: Connection, id: str) -> bool:
+        """Whether one of the takers has yet to settle it."""
+        unconfirmed = connection.unconfirmed
+        held = None if unconfirmed is None else unconfirmed.get(id)
+        return held is self or (type(held) is Held and held.together is self)
 
 
 class Connection:
@@ -110,7 +170,7 @@ class Connection:
         self.identity = UNIDENTIFIED
         self.state = State.AUTHENTICATING
         self.subscriptions: tuple[str, ...] = ()
-        self.unconfirmed: dict[str, Held] | None = None
+        self.unconfirmed: dict[str, Held | HeldTogether] | None = None
         self.asked: tuple[int, tuple[str, ...]] | None = None
         self.beat = 0
         self.ack_credit = 0
@@ -132,6 +192,16 @@ class Connection:
         if self.unconfirmed is None:
             self.unconfirmed = {}
         self.unconfirmed[held.notification.id] = held
+
+    def held_alone(self, id: str) -> Held:
+        """What is held under this id, as a record of this user's own. Raises KeyError."""
+        unconfirmed = self.unconfirmed or {}
+        held = unconfirmed[id]
+        if isinstance(held, HeldTogether):
+            held = Held(held.notification, (self,), held.since, together=held)
+            # In the place of the other: the order of delivery stays.
+            unconfirmed[id] = held
+        return held
 
     def forget(self, notification_id: str) -> None:
         """It is confirmed, or somebody else's business now."""

@@ -11,12 +11,12 @@ by `idle_timeout` (SSE).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
 import msgspec
 
-from notifyd.connections.connection import Connection, Held, State
+from notifyd.connections.connection import Connection, Held, HeldTogether, State
 from notifyd.connections.registry import Registry
 from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.errors import Unavailable
@@ -62,7 +62,7 @@ class Confirmations:
         self._idle_timeout = idle_timeout
         self._clock = clock
         self._writes = writes
-        self._oldest_first: deque[Held] = deque()
+        self._oldest_first: deque[Held | HeldTogether] = deque()
         self.held = 0
         self._to_ask: dict[Connection, None] = {}
         self._settled_during_replay: dict[Connection, set[str]] = {}
@@ -72,25 +72,28 @@ class Confirmations:
 
     def hold(self, notification: Notification, connections: tuple[Connection, ...]) -> None:
         """These connections of one user just took it."""
-        id = notification.id
         if len(connections) == 1:
             # Most users have one device: no lists, no loops.
             (connection,) = connections
+            id = notification.id
             unconfirmed = connection.unconfirmed
-            if unconfirmed is None:
-                unconfirmed = connection.unconfirmed = {}
-            elif id in unconfirmed:
+            if unconfirmed is not None and id in unconfirmed:
                 return
-            held = unconfirmed[id] = Held(notification, connections, self._clock())
+            held = Held(notification, connections, self._clock())
+            if unconfirmed is None:
+                unconfirmed = connection.unconfirmed = {id: held}
+                self._ask_soon(connection)
+            else:
+                # It is asked by its Ping, or waits to be, as ever while it has something.
+                unconfirmed[id] = held
             self._oldest_first.append(held)
             self.held += 1
             if self.held > self._max_pending:
                 self._move_oldest_to_log()
-            if not connection.acks and connection.outbox.sink.pings:
-                self._to_ask[connection] = None
-                if len(unconfirmed) >= ASK_AT and connection.asked is None:
-                    self.ask(connection)
+            if len(unconfirmed) >= ASK_AT and connection.asked is None:
+                self.ask(connection)
             return
+        id = notification.id
         takers = tuple(
             connection
             for connection in connections
@@ -110,6 +113,34 @@ class Confirmations:
         for connection in connections:
             self._ask_soon(connection)
 
+    def hold_each(self, notification: Notification, connections: Sequence[Connection]) -> None:
+        """`hold` for many users at once, of each of whom one connection just took it."""
+        held = HeldTogether(notification, connections, self._clock())
+        id = notification.id
+        known = 0
+        full = []
+        for connection in connections:
+            unconfirmed = connection.unconfirmed
+            if unconfirmed is None:
+                connection.unconfirmed = {id: held}
+                self._ask_soon(connection)
+            elif unconfirmed.setdefault(id, held) is not held:
+                # Sent again under the same id: one confirmation settles both.
+                known += 1
+            elif len(unconfirmed) >= ASK_AT and connection.asked is None:
+                full.append(connection)
+        if known:
+            held.left -= known
+            held.look_after()
+        self.held += held.left
+        if held.left:
+            self._oldest_first.append(held)
+        if self.held > self._max_pending:
+            self._move_oldest_to_log()
+        # Last, because a Ping can be what closes a connection, which then hands back what it holds.
+        if full:
+            self._ask_all(full)
+
     def share(self, held: Held, connection: Connection) -> None:
         """A further connection of the same user took it, from what the others hold."""
         if held.settled:
@@ -117,6 +148,8 @@ class Confirmations:
             self.hold_stored(held.notification, connection)
             return
         held.connections += (connection,)
+        if held.together is not None:
+            held.together.takers.append(connection)
         connection.hold(held)
         self._ask_soon(connection)
 
@@ -136,11 +169,10 @@ class Confirmations:
         )
         held = Held(notification, takers, self._clock(), stored=True)
         for connection in connections:
-            known = None if connection.unconfirmed is None else connection.unconfirmed.get(id)
-            if known is None:
+            if connection.unconfirmed is None or id not in connection.unconfirmed:
                 connection.hold(held)
             else:
-                known.in_log = True
+                connection.held_alone(id).in_log = True
         for connection in connections:
             self._ask_soon(connection)
 
@@ -162,23 +194,34 @@ class Confirmations:
         found: dict[str, Held] = {}
         for other in self._registry.tenant(identity.tenant).of_user(identity.user_id):
             if other is not connection and other.unconfirmed is not None:
-                for id, held in other.unconfirmed.items():
+                for id, held in tuple(other.unconfirmed.items()):
                     expires_at = held.notification.expires_at
                     late = expires_at is not None and expires_at <= now
                     if not held.stored and held.notification.storable and not late:
-                        found.setdefault(id, held)
+                        found.setdefault(id, other.held_alone(id))
         return sorted(found.values(), key=lambda held: held.since)
 
     def _move_oldest_to_log(self) -> None:
         while self.held > self._max_pending:
-            held = self._oldest_first.popleft()
-            if held.settled:
-                continue
-            identity = held.connections[0].identity
-            self._let_go(held)
-            self._writes.give_back(
-                identity.tenant, identity.user_id, (held.notification,), replay=False
-            )
+            oldest = self._oldest_first[0]
+            if isinstance(oldest, Held):
+                self._oldest_first.popleft()
+                if not oldest.settled:
+                    self._move_to_log(oldest)
+            elif oldest.takers:
+                connection = oldest.takers.popleft()
+                id = oldest.notification.id
+                if oldest.is_held_by(connection, id):
+                    self._move_to_log(connection.held_alone(id))
+            else:
+                self._oldest_first.popleft()
+
+    def _move_to_log(self, held: Held) -> None:
+        identity = held.connections[0].identity
+        self._let_go(held)
+        self._writes.give_back(
+            identity.tenant, identity.user_id, (held.notification,), replay=False
+        )
 
     def _let_go(self, held: Held) -> None:
         """No connection holds it any more."""
@@ -192,6 +235,8 @@ class Confirmations:
                 if not unconfirmed:
                     connection.unconfirmed = None
         held.connections = ()
+        if held.together is not None:
+            held.together.leave()
         if not held.stored:
             self.held -= 1
             self._forget_settled()
@@ -209,11 +254,17 @@ class Confirmations:
         identity = connection.identity
         returned: list[Notification] = []
         for held in unconfirmed.values():
+            if isinstance(held, HeldTogether):
+                held.leave()
+                self.held -= 1
+                returned.append(held.notification)
+                continue
             held.connections = tuple(each for each in held.connections if each is not connection)
             if not held.connections:
                 self._let_go(held)
                 if not held.stored:
                     returned.append(held.notification)
+        self._forget_settled()
         self._writes.give_back(identity.tenant, identity.user_id, returned)
 
     # --- confirming ---
@@ -254,14 +305,19 @@ class Confirmations:
 
         return chain(then(settled, after_settling), answer)
 
-    def _settle_here(self, connections: Sequence[Connection], id: str) -> Held | None:
+    def _settle_here(
+        self, connections: Sequence[Connection], id: str
+    ) -> Held | HeldTogether | None:
         """Let every connection of the user go of it; what was held, or None."""
-        found: Held | None = None
+        found: Held | HeldTogether | None = None
         for connection in connections:
             unconfirmed = connection.unconfirmed
             held = unconfirmed.get(id) if unconfirmed else None
             if held is not None:
-                self._let_go(held)
+                if isinstance(held, HeldTogether):
+                    self._settle_alone(connection, (id,), [], [])
+                else:
+                    self._let_go(held)
                 if found is None or held.in_log:
                     found = held
         return found
@@ -294,17 +350,27 @@ class Confirmations:
         unconfirmed = connection.unconfirmed
         if unconfirmed is None:
             return
+        before = len(confirmed)
         for id in ids:
             held = unconfirmed.pop(id, None)
-            if held is not None:
-                held.settled = True
-                held.connections = ()
-                confirmed.append(id)
-                if held.in_log:
-                    in_log.append(id)
-                if not held.stored:
-                    self.held -= 1
-        connection.ack_credit += len(confirmed)
+            if held is None:
+                continue
+            confirmed.append(id)
+            if isinstance(held, HeldTogether):
+                left = held.left = held.left - 1
+                if left <= held.look_at:
+                    held.look_after()
+                self.held -= 1
+                continue
+            held.settled = True
+            held.connections = ()
+            if held.in_log:
+                in_log.append(id)
+            if held.together is not None:
+                held.together.leave()
+            if not held.stored:
+                self.held -= 1
+        connection.ack_credit += len(confirmed) - before
         if not unconfirmed:
             connection.unconfirmed = None
         self._forget_settled()
@@ -346,6 +412,7 @@ class Confirmations:
     # --- asking ---
 
     def _ask_soon(self, connection: Connection) -> None:
+        """Who holds something is asked already, or is to be asked."""
         if connection.acks or not connection.outbox.sink.pings:
             return
         self._to_ask[connection] = None
@@ -356,25 +423,36 @@ class Confirmations:
     def ask_waiting(self) -> None:
         """Ask every connection that took something since the last call (once a second)."""
         waiting, self._to_ask = self._to_ask, {}
-        for connection in waiting:
-            if connection.asked is None:
-                self.ask(connection)
-            else:
-                self._to_ask[connection] = None
+        asked = [connection for connection in waiting if connection.asked is not None]
+        self._to_ask.update(dict.fromkeys(asked))
+        self._ask_all([connection for connection in waiting if connection.asked is None])
 
     def ask(self, connection: Connection) -> None:
         """Write a Ping whose Pong confirms all that was written before it (RFC 6455, section
         5.5.3).
         """
-        if connection.unconfirmed is None or connection.acks or connection.state is not State.OPEN:
-            return
-        if connection.outbox.holds_back:
-            # What is held behind a replay is not written yet, and no Pong may confirm it.
-            self._to_ask[connection] = None
-            return
+        self._ask_all((connection,))
+
+    def _ask_all(self, connections: Iterable[Connection]) -> None:
+        """The same Ping to each of them, and only for those that it can settle something for."""
         counter = next(self._counter) & 0xFFFFFFFF
-        connection.asked = (counter, tuple(connection.unconfirmed))
-        connection.outbox.put(ping_frame(counter.to_bytes(4, "big")))
+        ping = ping_frame(counter.to_bytes(4, "big"))
+        for connection in connections:
+            unconfirmed, outbox = connection.unconfirmed, connection.outbox
+            if (
+                unconfirmed is None
+                or connection.acks
+                or connection.asked is not None
+                or connection.state is not State.OPEN
+                or not outbox.sink.pings
+            ):
+                continue
+            if outbox.holds_back:
+                # What is held behind a replay is not written yet, and no Pong may confirm it.
+                self._to_ask[connection] = None
+                continue
+            connection.asked = (counter, tuple(unconfirmed))
+            outbox.put(ping)
 
     def pong(self, connection: Connection, payload: bytes) -> None:
         """A Pong came; ours carries the counter of the Ping that is out."""

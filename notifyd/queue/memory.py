@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Literal
 
@@ -24,6 +24,7 @@ from notifyd.queue.base import (
 )
 
 LEDGER_RETENTION_SECONDS = 3600
+SEVERAL = ""
 ACK_TIME_SAMPLES = 1024
 LOGS_PER_TURN = 500
 RECORDS_PER_TURN = 1000
@@ -209,7 +210,10 @@ class _Recipient(msgspec.Struct, gc=False):
     """Who is expected to confirm, and whether he has. `recorded_at` is when the ledger first heard
     of the notification, `sent_at` when it was sent to him last (Unix seconds).
 
-    Most notifications have one recipient, who is then all that the ledger keeps of them.
+    Most notifications have one recipient, who is then all that the ledger keeps of them. Those of
+    several who stand alike share one of these, with SEVERAL in the place of the user id; it is
+    replaced for one of them, and never changed. What is shared by those of several notifications
+    says nothing of when those were recorded and sent.
     """
 
     user_id: str
@@ -221,10 +225,23 @@ class _Recipient(msgspec.Struct, gc=False):
 
 
 class _Recipients(msgspec.Struct, gc=False):
-    """A notification with several recipients, by user id."""
+    """A notification with several recipients, by user id. `pending` is what those share who were
+    sent it in the beginning.
+    """
 
     recorded_at: float
     by_user: dict[str, _Recipient]
+    pending: _Recipient | None = None
+
+    def own(self, user_id: str) -> _Recipient | None:
+        """What is known of one of them, in a record that is shared with nobody."""
+        recipient = self.by_user.get(user_id)
+        if recipient is not None and recipient.user_id == SEVERAL:
+            recipient = msgspec.structs.replace(
+                recipient, user_id=user_id, recorded_at=self.recorded_at
+            )
+            self.by_user[user_id] = recipient
+        return recipient
 
 
 class _Anyone(msgspec.Struct, gc=False):
@@ -285,9 +302,10 @@ class MemoryAckLedger:
                 count = 1
                 record = _Recipient(recipients[0], now, now, state)
             else:
-                by_user = {user: _Recipient(user, now, now, state) for user in recipients}
+                shared = _Recipient(SEVERAL, now, now, state)
+                by_user = dict.fromkeys(recipients, shared)
                 count = len(by_user)
-                record = _Recipients(now, by_user)
+                record = _Recipients(now, by_user, None if queued else shared)
             self._keep(key, record, 1 + count)
             if not queued:
                 self._pending += count
@@ -344,7 +362,7 @@ class MemoryAckLedger:
             record = _Recipients(record.recorded_at, {record.user_id: record})
             self._records[key] = record
         for user_id in recipients:
-            recipient = record.by_user.get(user_id)
+            recipient = record.own(user_id)
             if recipient is None:
                 recipient = _Recipient(user_id, record.recorded_at, now, "queued")
                 record.by_user[user_id] = recipient
@@ -381,6 +399,7 @@ class MemoryAckLedger:
         """See `AckLedger.confirm`."""
         now = self._clock()
         records = self._records
+        confirmed = _Recipient(SEVERAL, now, now, "confirmed", now, "transport")
         for notification_id in ids:
             record = records.get((tenant, notification_id))
             if (
@@ -393,6 +412,11 @@ class MemoryAckLedger:
                 record.state = "confirmed"
                 record.confirmed_at = now
                 record.by = "transport"
+            elif type(record) is _Recipients and (
+                (shared := record.pending) is not None and record.by_user.get(user_id) is shared
+            ):
+                record.by_user[user_id] = confirmed
+                self._pending -= 1
             elif (recipient := _recipient(record, user_id)) is not None:
                 self._confirm(recipient, now, "transport")
 
@@ -425,8 +449,8 @@ class MemoryAckLedger:
         if record is None:
             return None
         recipients = [
-            Confirmation(each.user_id, each.state, each.confirmed_at, each.by)
-            for each in _all_of(record)
+            Confirmation(user_id, each.state, each.confirmed_at, each.by)
+            for user_id, each in _all_of(record)
         ]
         acks = record.acks if isinstance(record, _Anyone) else 0
         return AckReport(notification_id, record.recorded_at, recipients, acks)
@@ -443,9 +467,9 @@ class MemoryAckLedger:
             if record is None:
                 continue
             late = 0
-            for recipient in _all_of(record):
+            for user_id, recipient in _all_of(record):
                 if recipient.state == "pending" and recipient.sent_at == sent_at:
-                    recipient.state = "expired"
+                    self._is_late(record, user_id)
                     late += 1
             self._pending -= late
             self._count_expired(late)
@@ -460,6 +484,12 @@ class MemoryAckLedger:
             if len(self._order) % RECORDS_PER_TURN == 0:
                 await asyncio.sleep(0)
         return total
+
+    @staticmethod
+    def _is_late(record: _Record, user_id: str) -> None:
+        recipient = _recipient(record, user_id)
+        if recipient is not None:
+            recipient.state = "expired"
 
     def _let_go_of_the_oldest(self) -> None:
         sent, records = self._sent, self._records
@@ -478,7 +508,7 @@ class MemoryAckLedger:
         else:
             everybody = _all_of(record)
             self._size -= 1 + len(everybody)
-            never_confirmed = sum(each.state == "pending" for each in everybody)
+            never_confirmed = sum(each.state == "pending" for _, each in everybody)
         if never_confirmed:
             self._pending -= never_confirmed
             self._count_expired(never_confirmed)
@@ -505,10 +535,11 @@ class MemoryAckLedger:
 def _recipient(record: _Record | None, user_id: str) -> _Recipient | None:
     if isinstance(record, _Recipient):
         return record if record.user_id == user_id else None
-    return record.by_user.get(user_id) if isinstance(record, _Recipients) else None
+    return record.own(user_id) if isinstance(record, _Recipients) else None
 
 
-def _all_of(record: _Record) -> Collection[_Recipient]:
+def _all_of(record: _Record) -> Sequence[tuple[str, _Recipient]]:
+    """Each recipient with his user id."""
     if isinstance(record, _Recipient):
-        return (record,)
-    return record.by_user.values() if isinstance(record, _Recipients) else ()
+        return ((record.user_id, record),)
+    return tuple(record.by_user.items()) if isinstance(record, _Recipients) else ()

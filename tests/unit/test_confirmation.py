@@ -249,6 +249,7 @@ class TestAsking:
         world = World()
         one, two = world.connect("u1"), world.connect("u2")
         world.send("u1")
+        world.confirmations.ask_waiting()
         world.send("u2")
         for _ in range(3):
             world.confirmations.ask_waiting()
