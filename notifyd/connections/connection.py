@@ -7,7 +7,6 @@ with one reason, whoever asks first.
 from __future__ import annotations
 
 import enum
-from collections import deque
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -18,6 +17,11 @@ from notifyd.ratelimit.messages import MessageBudget
 from notifyd.wire import Message
 
 Transport = Literal["websocket", "sse"]
+
+TAKERS_PER_HOLDER = 16
+"""Of a notification that many users got at once, so many takers are kept for each that has yet to
+settle it, at most: 128 bytes.
+"""
 
 UNIDENTIFIED = Identity(user_id="")
 
@@ -85,10 +89,11 @@ class HeldTogether:
         self, notification: Notification, takers: Sequence[Connection], since: float
     ) -> None:
         self.notification = notification
-        self.takers = deque(takers)
+        # The first one last, where it is taken away first.
+        self.takers = list(reversed(takers))
         self.since = since
         self.left = len(takers)
-        self.look_at = self.left // 4
+        self.look_at = self.left // TAKERS_PER_HOLDER
         self.settled = False
 
     def leave(self) -> None:
@@ -98,15 +103,15 @@ class HeldTogether:
             self.look_after()
 
     def look_after(self) -> None:
-        """Keep no more takers than a few times as many as hold it: called when `left` is down to
-        `look_at`."""
+        """Keep no more takers than TAKERS_PER_HOLDER times as many as hold it: called when `left`
+        is down to `look_at`."""
         id = self.notification.id
         if not self.left:
             self.settled = True
             self.takers.clear()
         else:
-            self.takers = deque(each for each in self.takers if self.is_held_by(each, id))
-        self.look_at = self.left // 4
+            self.takers = [each for each in self.takers if self.is_held_by(each, id)]
+        self.look_at = self.left // TAKERS_PER_HOLDER
 
     def is_held_by(self, connection: Connection, id: str) -> bool:
         """Whether one of the takers has yet to settle it."""

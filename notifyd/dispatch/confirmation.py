@@ -66,6 +66,8 @@ class Confirmations:
         self.held = 0
         self._to_ask: dict[Connection, None] = {}
         self._settled_during_replay: dict[Connection, set[str]] = {}
+        # Asked for ASK_AT since the last tick.
+        self._asked_early: set[Connection] = set()
         self._counter = count(1)
 
     # --- holding ---
@@ -91,7 +93,7 @@ class Confirmations:
             if self.held > self._max_pending:
                 self._move_oldest_to_log()
             if len(unconfirmed) >= ASK_AT and connection.asked is None:
-                self.ask(connection)
+                self._ask_early((connection,))
             return
         id = notification.id
         takers = tuple(
@@ -139,7 +141,7 @@ class Confirmations:
             self._move_oldest_to_log()
         # Last, because a Ping can be what closes a connection, which then hands back what it holds.
         if full:
-            self._ask_all(full)
+            self._ask_early(full)
 
     def share(self, held: Held, connection: Connection) -> None:
         """A further connection of the same user took it, from what the others hold."""
@@ -209,7 +211,7 @@ class Confirmations:
                 if not oldest.settled:
                     self._move_to_log(oldest)
             elif oldest.takers:
-                connection = oldest.takers.popleft()
+                connection = oldest.takers.pop()
                 id = oldest.notification.id
                 if oldest.is_held_by(connection, id):
                     self._move_to_log(connection.held_alone(id))
@@ -247,6 +249,7 @@ class Confirmations:
         The connection must be out of the registry already.
         """
         self._to_ask.pop(connection, None)
+        self._asked_early.discard(connection)
         connection.asked = None
         unconfirmed, connection.unconfirmed = connection.unconfirmed, None
         if not unconfirmed:
@@ -418,23 +421,33 @@ class Confirmations:
         self._to_ask[connection] = None
         unconfirmed = connection.unconfirmed
         if unconfirmed is not None and len(unconfirmed) >= ASK_AT and connection.asked is None:
-            self.ask(connection)
+            self._ask_early((connection,))
 
     def ask_waiting(self) -> None:
-        """Ask every connection that took something since the last call (once a second)."""
-        waiting, self._to_ask = self._to_ask, {}
-        asked = [connection for connection in waiting if connection.asked is not None]
-        self._to_ask.update(dict.fromkeys(asked))
-        self._ask_all([connection for connection in waiting if connection.asked is None])
+        """Ask every connection that took something since the last call (once a second).
 
-    def ask(self, connection: Connection) -> None:
-        """Write a Ping whose Pong confirms all that was written before it (RFC 6455, section
-        5.5.3).
+        Who was asked since then, because he takes so much, will soon be for the same reason, and is
+        asked here the next time if not.
         """
-        self._ask_all((connection,))
+        waiting, self._to_ask = self._to_ask, {}
+        early, self._asked_early = self._asked_early, set()
+        now = []
+        for connection in waiting:
+            if connection.asked is not None or connection in early:
+                self._to_ask[connection] = None
+            else:
+                now.append(connection)
+        self._ask_all(now)
+
+    def _ask_early(self, connections: Sequence[Connection]) -> None:
+        """Not wait for the tick with those that have many to confirm."""
+        self._asked_early.update(connections)
+        self._ask_all(connections)
 
     def _ask_all(self, connections: Iterable[Connection]) -> None:
-        """The same Ping to each of them, and only for those that it can settle something for."""
+        """Write a Ping, whose Pong confirms all that was written before it (RFC 6455, section
+        5.5.3), to each that has something to confirm.
+        """
         counter = next(self._counter) & 0xFFFFFFFF
         ping = ping_frame(counter.to_bytes(4, "big"))
         for connection in connections:

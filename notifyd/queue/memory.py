@@ -231,7 +231,7 @@ class _Recipients(msgspec.Struct, gc=False):
 
     recorded_at: float
     by_user: dict[str, _Recipient]
-    pending: _Recipient | None = None
+    pending: _Recipient
 
     def own(self, user_id: str) -> _Recipient | None:
         """What is known of one of them, in a record that is shared with nobody."""
@@ -242,6 +242,9 @@ class _Recipients(msgspec.Struct, gc=False):
             )
             self.by_user[user_id] = recipient
         return recipient
+
+
+_NOBODY = _Recipient(SEVERAL, 0, 0, "queued")
 
 
 class _Anyone(msgspec.Struct, gc=False):
@@ -287,6 +290,10 @@ class MemoryAckLedger:
         self._acknowledged = 0
         self._expired = 0
         self._total_seconds = 0.0
+        # The records of what was confirmed last: those who were sent the same confirm the same.
+        self._found_for: list[str] | None = None
+        self._found_tenant = ""
+        self._found: list[_Record | None] = []
         self._recent_seconds: deque[float] = deque(maxlen=ACK_TIME_SAMPLES)
 
     def expect(
@@ -305,7 +312,7 @@ class MemoryAckLedger:
                 shared = _Recipient(SEVERAL, now, now, state)
                 by_user = dict.fromkeys(recipients, shared)
                 count = len(by_user)
-                record = _Recipients(now, by_user, None if queued else shared)
+                record = _Recipients(now, by_user, _NOBODY if queued else shared)
             self._keep(key, record, 1 + count)
             if not queued:
                 self._pending += count
@@ -359,8 +366,9 @@ class MemoryAckLedger:
     ) -> None:
         """A notification that is known already: sent again, or to somebody else."""
         if isinstance(record, _Recipient):
-            record = _Recipients(record.recorded_at, {record.user_id: record})
+            record = _Recipients(record.recorded_at, {record.user_id: record}, _NOBODY)
             self._records[key] = record
+            self._found_for, self._found = None, []
         for user_id in recipients:
             recipient = record.own(user_id)
             if recipient is None:
@@ -398,27 +406,39 @@ class MemoryAckLedger:
     def confirm(self, tenant: str, user_id: str, ids: Sequence[str]) -> None:
         """See `AckLedger.confirm`."""
         now = self._clock()
-        records = self._records
+        if ids != self._found_for or tenant != self._found_tenant:
+            self._find(tenant, ids)
         confirmed = _Recipient(SEVERAL, now, now, "confirmed", now, "transport")
-        for notification_id in ids:
-            record = records.get((tenant, notification_id))
-            if (
+        count = 0
+        for record in self._found:
+            # Nearly always one of the first two: no calls, for a Pong confirms many at once.
+            if type(record) is _Recipients:
+                by_user = record.by_user
+                if by_user.get(user_id) is record.pending:
+                    by_user[user_id] = confirmed
+                    count += 1
+                    continue
+            elif (
                 type(record) is _Recipient
                 and record.state == "pending"
                 and record.user_id == user_id
             ):
-                # Nearly always: no calls, for a Pong confirms many at once.
-                self._pending -= 1
                 record.state = "confirmed"
                 record.confirmed_at = now
                 record.by = "transport"
-            elif type(record) is _Recipients and (
-                (shared := record.pending) is not None and record.by_user.get(user_id) is shared
-            ):
-                record.by_user[user_id] = confirmed
-                self._pending -= 1
-            elif (recipient := _recipient(record, user_id)) is not None:
+                count += 1
+                continue
+            recipient = _recipient(record, user_id)
+            if recipient is not None:
                 self._confirm(recipient, now, "transport")
+        self._pending -= count
+
+    def _find(self, tenant: str, ids: Sequence[str]) -> None:
+        records = self._records
+        self._found = [records.get((tenant, notification_id)) for notification_id in ids]
+        self._found_tenant = tenant
+        # What is not there yet is looked for again.
+        self._found_for = None if None in self._found else list(ids)
 
     def _confirm(self, recipient: _Recipient, now: float, by: Literal["ack", "transport"]) -> None:
         """What he confirmed before counts once."""
@@ -502,6 +522,7 @@ class MemoryAckLedger:
 
     def _let_go(self, key: tuple[str, str]) -> None:
         record = self._records.pop(key)
+        self._found_for, self._found = None, []
         if isinstance(record, _Recipient):
             self._size -= 2
             never_confirmed = int(record.state == "pending")
