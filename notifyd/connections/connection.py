@@ -110,7 +110,12 @@ class HeldTogether:
             self.settled = True
             self.takers.clear()
         else:
-            self.takers = [each for each in self.takers if self.is_held_by(each, id)]
+            # No calls, for this is a part of the cost of each.
+            self.takers = [
+                each
+                for each in self.takers
+                if (unconfirmed := each.unconfirmed) is not None and id in unconfirmed
+            ]
         self.look_at = self.left // TAKERS_PER_HOLDER
 
     def is_held_by(self, connection: Connection, id: str) -> bool:

@@ -28,6 +28,7 @@ SEVERAL = ""
 ACK_TIME_SAMPLES = 1024
 LOGS_PER_TURN = 500
 RECORDS_PER_TURN = 1000
+CONFIRMED_AT_ONCE = 128
 
 
 class _Stored:
@@ -290,10 +291,12 @@ class MemoryAckLedger:
         self._acknowledged = 0
         self._expired = 0
         self._total_seconds = 0.0
-        # The records of what was confirmed last: those who were sent the same confirm the same.
-        self._found_for: list[str] | None = None
-        self._found_tenant = ""
-        self._found: list[_Record | None] = []
+        # Those who were sent the same confirm the same one after the other. What was confirmed
+        # last, its records, and who did it is noted here, until there are many or others ask.
+        self._confirmed_ids: list[str] | None = None
+        self._confirmed_tenant = ""
+        self._confirmed: list[_Record] = []
+        self._confirmed_by: list[tuple[str, _Recipient]] = []
         self._recent_seconds: deque[float] = deque(maxlen=ACK_TIME_SAMPLES)
 
     def expect(
@@ -365,10 +368,10 @@ class MemoryAckLedger:
         queued: bool,
     ) -> None:
         """A notification that is known already: sent again, or to somebody else."""
+        self._records_change()
         if isinstance(record, _Recipient):
             record = _Recipients(record.recorded_at, {record.user_id: record}, _NOBODY)
             self._records[key] = record
-            self._found_for, self._found = None, []
         for user_id in recipients:
             recipient = record.own(user_id)
             if recipient is None:
@@ -388,6 +391,7 @@ class MemoryAckLedger:
 
     def acknowledge(self, tenant: str, user_id: str, ids: Sequence[str]) -> frozenset[str]:
         """See `AckLedger.acknowledge`."""
+        self._note_confirmed()
         now = self._clock()
         known = set()
         for notification_id in ids:
@@ -406,39 +410,61 @@ class MemoryAckLedger:
     def confirm(self, tenant: str, user_id: str, ids: Sequence[str]) -> None:
         """See `AckLedger.confirm`."""
         now = self._clock()
-        if ids != self._found_for or tenant != self._found_tenant:
-            self._find(tenant, ids)
-        confirmed = _Recipient(SEVERAL, now, now, "confirmed", now, "transport")
+        if ids != self._confirmed_ids or tenant != self._confirmed_tenant:
+            self._note_confirmed()
+            records = self._records
+            found = [records.get((tenant, notification_id)) for notification_id in ids]
+            self._confirmed = [record for record in found if record is not None]
+            # What is not there yet is looked for again.
+            self._confirmed_ids = list(ids) if len(self._confirmed) == len(found) else None
+            self._confirmed_tenant = tenant
+        self._confirmed_by.append(
+            (user_id, _Recipient(SEVERAL, now, now, "confirmed", now, "transport"))
+        )
+        if self._confirmed_ids is None or len(self._confirmed_by) >= CONFIRMED_AT_ONCE:
+            self._note_confirmed()
+
+    def _note_confirmed(self) -> None:
+        """Everything below asks for this first, and whatever lets go of records or replaces them
+        finds them anew afterwards."""
+        confirmed_by, self._confirmed_by = self._confirmed_by, []
+        if not confirmed_by:
+            return
         count = 0
-        for record in self._found:
-            # Nearly always one of the first two: no calls, for a Pong confirms many at once.
+        for record in self._confirmed:
             if type(record) is _Recipients:
-                by_user = record.by_user
-                if by_user.get(user_id) is record.pending:
-                    by_user[user_id] = confirmed
-                    count += 1
-                    continue
-            elif (
-                type(record) is _Recipient
-                and record.state == "pending"
-                and record.user_id == user_id
-            ):
-                record.state = "confirmed"
-                record.confirmed_at = now
-                record.by = "transport"
-                count += 1
+                by_user, pending = record.by_user, record.pending
+                for user_id, confirmed in confirmed_by:
+                    if by_user.get(user_id) is pending:
+                        by_user[user_id] = confirmed
+                        count += 1
+                    else:
+                        self._confirm_one(record, user_id, confirmed)
                 continue
-            recipient = _recipient(record, user_id)
-            if recipient is not None:
-                self._confirm(recipient, now, "transport")
+            for user_id, confirmed in confirmed_by:
+                if (
+                    type(record) is _Recipient
+                    and record.state == "pending"
+                    and record.user_id == user_id
+                ):
+                    # Nearly always: no calls, for a Pong confirms many at once.
+                    record.state = "confirmed"
+                    record.confirmed_at = confirmed.confirmed_at
+                    record.by = "transport"
+                    count += 1
+                else:
+                    self._confirm_one(record, user_id, confirmed)
         self._pending -= count
 
-    def _find(self, tenant: str, ids: Sequence[str]) -> None:
-        records = self._records
-        self._found = [records.get((tenant, notification_id)) for notification_id in ids]
-        self._found_tenant = tenant
-        # What is not there yet is looked for again.
-        self._found_for = None if None in self._found else list(ids)
+    def _confirm_one(self, record: _Record, user_id: str, confirmed: _Recipient) -> None:
+        recipient = _recipient(record, user_id)
+        if recipient is not None and confirmed.confirmed_at is not None:
+            self._confirm(recipient, confirmed.confirmed_at, "transport")
+
+    def _records_change(self) -> None:
+        """Records that were found are about to be let go of, or to be replaced."""
+        self._note_confirmed()
+        self._confirmed_ids, self._confirmed = None, []
 
     def _confirm(self, recipient: _Recipient, now: float, by: Literal["ack", "transport"]) -> None:
         """What he confirmed before counts once."""
@@ -465,6 +491,7 @@ class MemoryAckLedger:
 
     def report(self, tenant: str, notification_id: str) -> AckReport | None:
         """See `AckLedger.report`."""
+        self._note_confirmed()
         record = self._records.get((tenant, notification_id))
         if record is None:
             return None
@@ -482,6 +509,7 @@ class MemoryAckLedger:
         now = self._clock()
         total = 0
         while self._sent and self._sent_at[0] + self._timeout_seconds <= now:
+            self._note_confirmed()
             sent_at = self._sent_at.popleft()
             record = self._records.get(self._sent.popleft())
             if record is None:
@@ -521,15 +549,15 @@ class MemoryAckLedger:
             self._sent_at.popleft()
 
     def _let_go(self, key: tuple[str, str]) -> None:
+        self._records_change()
         record = self._records.pop(key)
-        self._found_for, self._found = None, []
         if isinstance(record, _Recipient):
             self._size -= 2
             never_confirmed = int(record.state == "pending")
         else:
-            everybody = _all_of(record)
+            everybody = record.by_user.values() if isinstance(record, _Recipients) else ()
             self._size -= 1 + len(everybody)
-            never_confirmed = sum(each.state == "pending" for _, each in everybody)
+            never_confirmed = sum([each.state == "pending" for each in everybody])
         if never_confirmed:
             self._pending -= never_confirmed
             self._count_expired(never_confirmed)
@@ -541,6 +569,7 @@ class MemoryAckLedger:
 
     def stats(self) -> AckStats:
         """See `AckLedger.stats`."""
+        self._note_confirmed()
         recent = sorted(self._recent_seconds)
         return AckStats(
             pending=self._pending,
