@@ -17,9 +17,10 @@ from notifyd.notification import Notification
 def forget(
     confirmations: Confirmations, notification: Notification, connections: Sequence[Connection]
 ) -> None:
-    """In the place of `Confirmations.hold`."""
+    """In the place of `Confirmations.hold` and `hold_each`."""
 
 
 if __name__ == "__main__":
     Confirmations.hold = forget  # type: ignore[method-assign, assignment]  # the point of it
+    Confirmations.hold_each = forget  # type: ignore[method-assign, assignment]  # and this too
     sys.exit(main())

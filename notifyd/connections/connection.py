@@ -7,8 +7,8 @@ with one reason, whoever asks first.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Literal
 
 from notifyd.connections.outbox import Outbox
 from notifyd.identity import Identity
@@ -17,6 +17,11 @@ from notifyd.ratelimit.messages import MessageBudget
 from notifyd.wire import Message
 
 Transport = Literal["websocket", "sse"]
+
+TAKERS_PER_HOLDER = 16
+"""Of a notification that many users got at once, so many takers are kept for each that has yet to
+settle it, at most: 128 bytes.
+"""
 
 UNIDENTIFIED = Identity(user_id="")
 
@@ -39,9 +44,20 @@ class Held:
     `connections` are those that took it. `stored`: the user's log has it for sure, so that nothing
     needs to go back there; `in_log`: it has it or may have it, so that a confirmation must settle
     it there; `shared`: nodes elsewhere may hold it for the same user; `since` in Unix seconds.
+    `together`: he was one of many to whom it was delivered at once, and counts there until it is
+    settled.
     """
 
-    __slots__ = ("connections", "in_log", "notification", "settled", "shared", "since", "stored")
+    __slots__ = (
+        "connections",
+        "in_log",
+        "notification",
+        "settled",
+        "shared",
+        "since",
+        "stored",
+        "together",
+    )
 
     def __init__(
         self,
@@ -52,14 +68,70 @@ class Held:
         stored: bool = False,
         in_log: bool = False,
         shared: bool = False,
+        together: HeldTogether | None = None,
     ) -> None:
         self.notification = notification
         self.connections = connections
         self.since = since
+        self.together = together
         self.stored = stored
         self.in_log = in_log or stored
         self.settled = False
         self.shared = shared
+
+
+class HeldTogether:
+    """A notification that was delivered to many users at once, to one connection of each: held for
+    all of them in one, for as long as that is all there is to say of it.
+
+    Where more is to be known of one of them, a `Held` takes its place at his connection. `takers`:
+    who took it, some of whom may hold it no more; `left`: how many users have not settled it.
+    """
+
+    __slots__ = ("left", "look_at", "notification", "settled", "since", "takers")
+
+    stored: ClassVar[bool] = False
+    in_log: ClassVar[bool] = False
+    shared: ClassVar[bool] = False
+
+    def __init__(
+        self, notification: Notification, takers: Sequence[Connection], since: float
+    ) -> None:
+        self.notification = notification
+        # The first one last, where it is taken away first.
+        self.takers = list(reversed(takers))
+        self.since = since
+        self.left = len(takers)
+        self.look_at = self.left // TAKERS_PER_HOLDER
+        self.settled = False
+
+    def leave(self) -> None:
+        """One of the users has settled it."""
+        self.left -= 1
+        if self.left <= self.look_at:
+            self.look_after()
+
+    def look_after(self) -> None:
+        """Keep no more takers than TAKERS_PER_HOLDER times as many as hold it: called when `left`
+        is down to `look_at`."""
+        id = self.notification.id
+        if not self.left:
+            self.settled = True
+            self.takers.clear()
+        else:
+            # No calls, for this is a part of the cost of each.
+            self.takers = [
+                each
+                for each in self.takers
+                if (unconfirmed := each.unconfirmed) is not None and id in unconfirmed
+            ]
+        self.look_at = self.left // TAKERS_PER_HOLDER
+
+    def is_held_by(self, connection: Connection, id: str) -> bool:
+        """Whether one of the takers has yet to settle it."""
+        unconfirmed = connection.unconfirmed
+        held = None if unconfirmed is None else unconfirmed.get(id)
+        return held is self or (type(held) is Held and held.together is self)
 
 
 class Connection:
@@ -119,7 +191,7 @@ class Connection:
         self.identity = UNIDENTIFIED
         self.state = State.AUTHENTICATING
         self.subscriptions: tuple[str, ...] = ()
-        self.unconfirmed: dict[str, Held] | None = None
+        self.unconfirmed: dict[str, Held | HeldTogether] | None = None
         self.asked: tuple[int, tuple[str, ...]] | None = None
         self.beat = 0
         self.ack_credit = 0
@@ -161,3 +233,13 @@ class Connection:
         if not left:
             self.left_to_log = None
         return found
+
+    def held_alone(self, id: str) -> Held:
+        """What is held under this id, as a record of this user's own. Raises KeyError."""
+        unconfirmed = self.unconfirmed or {}
+        held = unconfirmed[id]
+        if isinstance(held, HeldTogether):
+            held = Held(held.notification, (self,), held.since, together=held)
+            # In the place of the other: the order of delivery stays.
+            unconfirmed[id] = held
+        return held

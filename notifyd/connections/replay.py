@@ -301,7 +301,7 @@ class Replayer:
         for entry in page.entries:
             if known is not None and entry.notification.id in known:
                 # Confirmed, it is to be settled in the log as well.
-                known[entry.notification.id].in_log = True
+                connection.held_alone(entry.notification.id).in_log = True
             elif self._wanted(connection, entry.notification):
                 notifications.append(entry.notification)
         if not notifications or not self._write(connection, notifications):

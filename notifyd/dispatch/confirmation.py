@@ -11,13 +11,14 @@ by `idle_timeout` (SSE).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import count
+from typing import TypeVar
 
 import msgspec
 
 from notifyd.cluster.router import Cluster
-from notifyd.connections.connection import Connection, Held, State
+from notifyd.connections.connection import Connection, Held, HeldTogether, State
 from notifyd.connections.registry import Registry
 from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.errors import Unavailable
@@ -38,6 +39,9 @@ KEPT_SETTLED = 256
 REMEMBERED = 50_000
 """So many confirmations a node of a cluster remembers: what another node hands back to a log is not
 sent again to who has confirmed it meanwhile."""
+
+
+HeldT = TypeVar("HeldT", Held, Held | HeldTogether)
 
 
 class AckAnswer(msgspec.Struct, frozen=True, gc=False):
@@ -71,13 +75,15 @@ class Confirmations:
         self._writes = writes
         self._cluster = cluster
         self._remembered: dict[tuple[str, str, str], None] = {}
-        self._oldest_first: deque[Held] = deque()
+        self._oldest_first: deque[Held | HeldTogether] = deque()
         self.held = 0
         # What the log has is counted apart: nothing has to go there to make room for it.
         self._stored_first: deque[Held] = deque()
         self._stored = 0
         self._to_ask: dict[Connection, None] = {}
         self._settled_during_replay: dict[Connection, set[str]] = {}
+        # Asked for ASK_AT since the last tick.
+        self._asked_early: set[Connection] = set()
         self._counter = count(1)
 
     # --- holding ---
@@ -90,25 +96,28 @@ class Confirmations:
         shared: bool = False,
     ) -> None:
         """These connections of one user just took it; `shared`: so may some on other nodes."""
-        id = notification.id
         if len(connections) == 1:
             # Most users have one device: no lists, no loops.
             (connection,) = connections
+            id = notification.id
             unconfirmed = connection.unconfirmed
-            if unconfirmed is None:
-                unconfirmed = connection.unconfirmed = {}
-            elif id in unconfirmed:
+            if unconfirmed is not None and id in unconfirmed:
                 return
-            held = unconfirmed[id] = Held(notification, connections, self._clock(), shared=shared)
+            held = Held(notification, connections, self._clock(), shared=shared)
+            if unconfirmed is None:
+                unconfirmed = connection.unconfirmed = {id: held}
+                self._ask_soon(connection)
+            else:
+                # It is asked by its Ping, or waits to be, as ever while it has something.
+                unconfirmed[id] = held
             self._oldest_first.append(held)
             self.held += 1
             if self.held > self._max_pending:
                 self._move_oldest_to_log()
-            if not connection.acks and connection.outbox.sink.pings:
-                self._to_ask[connection] = None
-                if len(unconfirmed) >= ASK_AT and connection.asked is None:
-                    self.ask(connection)
+            if len(unconfirmed) >= ASK_AT and connection.asked is None:
+                self._ask_early((connection,))
             return
+        id = notification.id
         takers = tuple(
             connection
             for connection in connections
@@ -128,6 +137,34 @@ class Confirmations:
         for connection in connections:
             self._ask_soon(connection)
 
+    def hold_each(self, notification: Notification, connections: Sequence[Connection]) -> None:
+        """`hold` for many users at once, of each of whom one connection just took it."""
+        held = HeldTogether(notification, connections, self._clock())
+        id = notification.id
+        known = 0
+        full = []
+        for connection in connections:
+            unconfirmed = connection.unconfirmed
+            if unconfirmed is None:
+                connection.unconfirmed = {id: held}
+                self._ask_soon(connection)
+            elif unconfirmed.setdefault(id, held) is not held:
+                # Sent again under the same id: one confirmation settles both.
+                known += 1
+            elif len(unconfirmed) >= ASK_AT and connection.asked is None:
+                full.append(connection)
+        if known:
+            held.left -= known
+            held.look_after()
+        self.held += held.left
+        if held.left:
+            self._oldest_first.append(held)
+        if self.held > self._max_pending:
+            self._move_oldest_to_log()
+        # Last, because a Ping can be what closes a connection, which then hands back what it holds.
+        if full:
+            self._ask_early(full)
+
     def share(self, held: Held, connection: Connection) -> None:
         """A further connection of the same user took it, from what the others hold."""
         if held.settled:
@@ -135,6 +172,8 @@ class Confirmations:
             self.hold_stored(held.notification, connection)
             return
         held.connections += (connection,)
+        if held.together is not None:
+            held.together.takers.append(connection)
         connection.hold(held)
         self._ask_soon(connection)
 
@@ -161,11 +200,10 @@ class Confirmations:
             self._stored_first.append(held)
             self._stored += 1
         for connection in connections:
-            known = None if connection.unconfirmed is None else connection.unconfirmed.get(id)
-            if known is None:
+            if connection.unconfirmed is None or id not in connection.unconfirmed:
                 connection.hold(held)
             else:
-                known.in_log = True
+                connection.held_alone(id).in_log = True
         while self._stored > self._max_pending:
             oldest = self._stored_first.popleft()
             if not oldest.settled:
@@ -191,23 +229,34 @@ class Confirmations:
         found: dict[str, Held] = {}
         for other in self._registry.tenant(identity.tenant).of_user(identity.user_id):
             if other is not connection and other.unconfirmed is not None:
-                for id, held in other.unconfirmed.items():
+                for id, held in tuple(other.unconfirmed.items()):
                     expires_at = held.notification.expires_at
                     late = expires_at is not None and expires_at <= now
                     if not held.stored and held.notification.storable and not late:
-                        found.setdefault(id, held)
+                        found.setdefault(id, other.held_alone(id))
         return sorted(found.values(), key=lambda held: held.since)
 
     def _move_oldest_to_log(self) -> None:
         while self.held > self._max_pending:
-            held = self._oldest_first.popleft()
-            if held.settled:
-                continue
-            identity = held.connections[0].identity
-            self._leave_to_log(held)
-            self._writes.give_back(
-                identity.tenant, identity.user_id, (held.notification,), replay=False
-            )
+            oldest = self._oldest_first[0]
+            if isinstance(oldest, Held):
+                self._oldest_first.popleft()
+                if not oldest.settled:
+                    self._move_to_log(oldest)
+            elif oldest.takers:
+                connection = oldest.takers.pop()
+                id = oldest.notification.id
+                if oldest.is_held_by(connection, id):
+                    self._move_to_log(connection.held_alone(id))
+            else:
+                self._oldest_first.popleft()
+
+    def _move_to_log(self, held: Held) -> None:
+        identity = held.connections[0].identity
+        self._leave_to_log(held)
+        self._writes.give_back(
+            identity.tenant, identity.user_id, (held.notification,), replay=False
+        )
 
     def _leave_to_log(self, held: Held) -> None:
         """Hold it no more, though it is not confirmed: its connections have got it all the same."""
@@ -220,9 +269,8 @@ class Confirmations:
     def is_shared(self, tenant: str, user_id: str, id: str) -> None:
         """What was sent to connections here has gone to other nodes too."""
         for connection in self._registry.tenant(tenant).of_user(user_id):
-            held = connection.unconfirmed and connection.unconfirmed.get(id)
-            if held:
-                held.shared = True
+            if connection.unconfirmed and id in connection.unconfirmed:
+                connection.held_alone(id).shared = True
                 return
         if self._cluster is not None and self.was_confirmed(tenant, user_id, id):
             # The confirmation was faster than we heard of the others.
@@ -266,6 +314,8 @@ class Confirmations:
                 if not unconfirmed:
                     connection.unconfirmed = None
         held.connections = ()
+        if held.together is not None:
+            held.together.leave()
         if held.stored:
             self._stored -= 1
         else:
@@ -278,6 +328,7 @@ class Confirmations:
         The connection must be out of the registry already.
         """
         self._to_ask.pop(connection, None)
+        self._asked_early.discard(connection)
         connection.asked = None
         unconfirmed, connection.unconfirmed = connection.unconfirmed, None
         if not unconfirmed:
@@ -285,11 +336,17 @@ class Confirmations:
         identity = connection.identity
         returned: list[Notification] = []
         for held in unconfirmed.values():
+            if isinstance(held, HeldTogether):
+                held.leave()
+                self.held -= 1
+                returned.append(held.notification)
+                continue
             held.connections = tuple(each for each in held.connections if each is not connection)
             if not held.connections:
                 self._let_go(held)
                 if not held.stored:
                     returned.append(held.notification)
+        self._forget_settled()
         self._writes.give_back(identity.tenant, identity.user_id, returned)
 
     # --- confirming ---
@@ -342,7 +399,7 @@ class Confirmations:
         return chain(then(settled, after_settling), answer)
 
     def _settle_elsewhere(
-        self, tenant: str, user_id: str, held: dict[str, Held | None]
+        self, tenant: str, user_id: str, held: dict[str, Held | HeldTogether | None]
     ) -> Awaitable[frozenset[str]] | None:
         """Let other nodes go of what a device here confirmed; what is not held here may be there,
         which has to be awaited."""
@@ -356,14 +413,19 @@ class Confirmations:
         unknown = [id for id, record in held.items() if record is None]
         return cluster.settle(tenant, user_id, unknown) if unknown else None
 
-    def _settle_here(self, connections: Sequence[Connection], id: str) -> Held | None:
+    def _settle_here(
+        self, connections: Sequence[Connection], id: str
+    ) -> Held | HeldTogether | None:
         """Let every connection of the user go of it; what was held, or None."""
-        found: Held | None = None
+        found: Held | HeldTogether | None = None
         for connection in connections:
             unconfirmed = connection.unconfirmed
             held = unconfirmed.get(id) if unconfirmed else None
             if held is not None:
-                self._let_go(held)
+                if isinstance(held, HeldTogether):
+                    self._settle_alone(connection, (id,), [], [], [])
+                else:
+                    self._let_go(held)
                 if found is None or held.in_log:
                     found = held
         return found
@@ -413,21 +475,31 @@ class Confirmations:
         unconfirmed = connection.unconfirmed
         if unconfirmed is None:
             return
+        before = len(confirmed)
         for id in ids:
             held = unconfirmed.pop(id, None)
-            if held is not None:
-                held.settled = True
-                held.connections = ()
-                confirmed.append(id)
-                if held.in_log:
-                    in_log.append(id)
-                if held.shared:
-                    shared.append(id)
-                if held.stored:
-                    self._stored -= 1
-                else:
-                    self.held -= 1
-        connection.ack_credit += len(confirmed)
+            if held is None:
+                continue
+            confirmed.append(id)
+            if isinstance(held, HeldTogether):
+                left = held.left = held.left - 1
+                if left <= held.look_at:
+                    held.look_after()
+                self.held -= 1
+                continue
+            held.settled = True
+            held.connections = ()
+            if held.in_log:
+                in_log.append(id)
+            if held.shared:
+                shared.append(id)
+            if held.together is not None:
+                held.together.leave()
+            if held.stored:
+                self._stored -= 1
+            else:
+                self.held -= 1
+        connection.ack_credit += len(confirmed) - before
         if not unconfirmed:
             connection.unconfirmed = None
         self._forget_settled()
@@ -466,35 +538,57 @@ class Confirmations:
     # --- asking ---
 
     def _ask_soon(self, connection: Connection) -> None:
+        """Who holds something is asked already, or is to be asked."""
         if connection.acks or not connection.outbox.sink.pings:
             return
         self._to_ask[connection] = None
         unconfirmed = connection.unconfirmed
         if unconfirmed is not None and len(unconfirmed) >= ASK_AT and connection.asked is None:
-            self.ask(connection)
+            self._ask_early((connection,))
 
     def ask_waiting(self) -> None:
-        """Ask every connection that took something since the last call (once a second)."""
-        waiting, self._to_ask = self._to_ask, {}
-        for connection in waiting:
-            if connection.asked is None:
-                self.ask(connection)
-            else:
-                self._to_ask[connection] = None
+        """Ask every connection that took something since the last call (once a second).
 
-    def ask(self, connection: Connection) -> None:
-        """Write a Ping whose Pong confirms all that was written before it (RFC 6455, section
-        5.5.3).
+        Who was asked since then, because he takes so much, will soon be for the same reason, and is
+        asked here the next time if not.
         """
-        if connection.unconfirmed is None or connection.acks or connection.state is not State.OPEN:
-            return
-        if connection.outbox.holds_back:
-            # What is held behind a replay is not written yet, and no Pong may confirm it.
-            self._to_ask[connection] = None
-            return
+        waiting, self._to_ask = self._to_ask, {}
+        early, self._asked_early = self._asked_early, set()
+        now = []
+        for connection in waiting:
+            if connection.asked is not None or connection in early:
+                self._to_ask[connection] = None
+            else:
+                now.append(connection)
+        self._ask_all(now)
+
+    def _ask_early(self, connections: Sequence[Connection]) -> None:
+        """Not wait for the tick with those that have many to confirm."""
+        self._asked_early.update(connections)
+        self._ask_all(connections)
+
+    def _ask_all(self, connections: Iterable[Connection]) -> None:
+        """Write a Ping, whose Pong confirms all that was written before it (RFC 6455, section
+        5.5.3), to each that has something to confirm.
+        """
         counter = next(self._counter) & 0xFFFFFFFF
-        connection.asked = (counter, tuple(connection.unconfirmed))
-        connection.outbox.put(ping_frame(counter.to_bytes(4, "big")))
+        ping = ping_frame(counter.to_bytes(4, "big"))
+        for connection in connections:
+            unconfirmed, outbox = connection.unconfirmed, connection.outbox
+            if (
+                unconfirmed is None
+                or connection.acks
+                or connection.asked is not None
+                or connection.state is not State.OPEN
+                or not outbox.sink.pings
+            ):
+                continue
+            if outbox.holds_back:
+                # What is held behind a replay is not written yet, and no Pong may confirm it.
+                self._to_ask[connection] = None
+                continue
+            connection.asked = (counter, tuple(unconfirmed))
+            outbox.put(ping)
 
     def pong(self, connection: Connection, payload: bytes) -> None:
         """A Pong came; ours carries the counter of the Ping that is out."""
@@ -521,7 +615,7 @@ class Confirmations:
         )
 
 
-def _without_settled(oldest_first: deque[Held], count: int) -> deque[Held]:
+def _without_settled(oldest_first: deque[HeldT], count: int) -> deque[HeldT]:
     """`count` of them are not settled: without the others, where that is cheap or they are many."""
     while oldest_first and oldest_first[0].settled:
         oldest_first.popleft()

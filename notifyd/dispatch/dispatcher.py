@@ -50,6 +50,8 @@ from notifyd.wire import Message, notification_message
 
 BEST_FIRST = tuple(Outcome)
 
+_BY_ONE = RecipientResult(Outcome.DELIVERED, 1)
+
 # Below this no notification can be over the limit with everything else that goes with its payload.
 _SURELY_SMALL = MAX_NOTIFICATION_BYTES - 8192
 
@@ -386,11 +388,25 @@ class Dispatcher:
         results: dict[str, RecipientResult] = {}
         delivered: list[str] = []
         away: list[str] = []
+        takers: list[Connection] = []
+        for_all = exclude is None and notification.audience.type == "All"
+        users = tenant.users
+        open_before = len(self._registry)
         for user_id in user_ids:
             if user_id in results:
                 continue
             outcome, connections = Outcome.NOBODY, 0
-            if user_id in tenant.users:
+            devices = users.get(user_id)
+            if devices is None:
+                pass
+            elif for_all and len(devices) == 1:
+                # Most users have one device, and all of those are held for in one.
+                if devices[0].offer(message):
+                    takers.append(devices[0])
+                    results[user_id] = _BY_ONE
+                    continue
+                self._refused.inc()
+            else:
                 outcome, connections = self._deliver(
                     tenant, user_id, notification, message, exclude
                 )
@@ -402,6 +418,17 @@ class Dispatcher:
                 else:
                     away.append(user_id)
             results[user_id] = RecipientResult(outcome, connections)
+        if len(self._registry) != open_before:
+            # Some that took it were given up to make room for it in others.
+            gone = [each.identity.user_id for each in takers if each.state is not State.OPEN]
+            takers = [each for each in takers if each.state is State.OPEN]
+            results.update(dict.fromkeys(gone, RecipientResult(Outcome.NOBODY)))
+            self._refused.inc(len(gone))
+            away += gone
+        if takers:
+            self._hold_each(notification, takers)
+            # The connections' own strings, so that a thousand notifications to them share those.
+            delivered += [each.identity.user_id for each in takers]
         self._metrics.fanout_seconds.observe(perf_counter() - started)
         self._expect(tenant_name, notification, delivered)
         if self._cluster is not None:
@@ -436,6 +463,11 @@ class Dispatcher:
             lambda error: self._unavailable(len(away)),
         )
         return then(stored, with_queued)
+
+    def _hold_each(self, notification: Notification, takers: Sequence[Connection]) -> None:
+        streams = sum([each.transport == "sse" for each in takers])
+        self._count(len(takers) - streams, streams)
+        self._confirmations.hold_each(notification, takers)
 
     def _unavailable(self, recipients: int) -> Sequence[Rejection | None]:
         """The outcome of several recipients while the store is away; a single one's is a 503."""

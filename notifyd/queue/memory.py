@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Literal
 
@@ -24,9 +24,11 @@ from notifyd.queue.base import (
 )
 
 LEDGER_RETENTION_SECONDS = 3600
+SEVERAL = ""
 ACK_TIME_SAMPLES = 1024
 LOGS_PER_TURN = 500
 RECORDS_PER_TURN = 1000
+CONFIRMED_AT_ONCE = 128
 
 
 class _Stored:
@@ -214,7 +216,10 @@ class _Recipient(msgspec.Struct, gc=False):
     """Who is expected to confirm, and whether he has. `recorded_at` is when the ledger first heard
     of the notification, `sent_at` when it was sent to him last (Unix seconds).
 
-    Most notifications have one recipient, who is then all that the ledger keeps of them.
+    Most notifications have one recipient, who is then all that the ledger keeps of them. Those of
+    several who stand alike share one of these, with SEVERAL in the place of the user id; it is
+    replaced for one of them, and never changed. What is shared by those of several notifications
+    says nothing of when those were recorded and sent.
     """
 
     user_id: str
@@ -226,10 +231,26 @@ class _Recipient(msgspec.Struct, gc=False):
 
 
 class _Recipients(msgspec.Struct, gc=False):
-    """A notification with several recipients, by user id."""
+    """A notification with several recipients, by user id. `pending` is what those share who were
+    sent it in the beginning.
+    """
 
     recorded_at: float
     by_user: dict[str, _Recipient]
+    pending: _Recipient
+
+    def own(self, user_id: str) -> _Recipient | None:
+        """What is known of one of them, in a record that is shared with nobody."""
+        recipient = self.by_user.get(user_id)
+        if recipient is not None and recipient.user_id == SEVERAL:
+            recipient = msgspec.structs.replace(
+                recipient, user_id=user_id, recorded_at=self.recorded_at
+            )
+            self.by_user[user_id] = recipient
+        return recipient
+
+
+_NOBODY = _Recipient(SEVERAL, 0, 0, "queued")
 
 
 class _Anyone(msgspec.Struct, gc=False):
@@ -275,6 +296,12 @@ class MemoryAckLedger:
         self._acknowledged = 0
         self._expired = 0
         self._total_seconds = 0.0
+        # Those who were sent the same confirm the same one after the other. What was confirmed
+        # last, its records, and who did it is noted here, until there are many or others ask.
+        self._confirmed_ids: list[str] | None = None
+        self._confirmed_tenant = ""
+        self._confirmed: list[_Record] = []
+        self._confirmed_by: list[tuple[str, _Recipient]] = []
         self._recent_seconds: deque[float] = deque(maxlen=ACK_TIME_SAMPLES)
 
     def expect(
@@ -290,9 +317,10 @@ class MemoryAckLedger:
                 count = 1
                 record = _Recipient(recipients[0], now, now, state)
             else:
-                by_user = {user: _Recipient(user, now, now, state) for user in recipients}
+                shared = _Recipient(SEVERAL, now, now, state)
+                by_user = dict.fromkeys(recipients, shared)
                 count = len(by_user)
-                record = _Recipients(now, by_user)
+                record = _Recipients(now, by_user, _NOBODY if queued else shared)
             self._keep(key, record, 1 + count)
             if not queued:
                 self._pending += count
@@ -345,11 +373,12 @@ class MemoryAckLedger:
         queued: bool,
     ) -> None:
         """A notification that is known already: sent again, or to somebody else."""
+        self._records_change()
         if isinstance(record, _Recipient):
-            record = _Recipients(record.recorded_at, {record.user_id: record})
+            record = _Recipients(record.recorded_at, {record.user_id: record}, _NOBODY)
             self._records[key] = record
         for user_id in recipients:
-            recipient = record.by_user.get(user_id)
+            recipient = record.own(user_id)
             if recipient is None:
                 recipient = _Recipient(user_id, record.recorded_at, now, "queued")
                 record.by_user[user_id] = recipient
@@ -367,6 +396,7 @@ class MemoryAckLedger:
 
     def acknowledge(self, tenant: str, user_id: str, ids: Sequence[str]) -> frozenset[str]:
         """See `AckLedger.acknowledge`."""
+        self._note_confirmed()
         now = self._clock()
         known = set()
         for notification_id in ids:
@@ -385,21 +415,61 @@ class MemoryAckLedger:
     def confirm(self, tenant: str, user_id: str, ids: Sequence[str]) -> None:
         """See `AckLedger.confirm`."""
         now = self._clock()
-        records = self._records
-        for notification_id in ids:
-            record = records.get((tenant, notification_id))
-            if (
-                type(record) is _Recipient
-                and record.state == "pending"
-                and record.user_id == user_id
-            ):
-                # Nearly always: no calls, for a Pong confirms many at once.
-                self._pending -= 1
-                record.state = "confirmed"
-                record.confirmed_at = now
-                record.by = "transport"
-            elif (recipient := _recipient(record, user_id)) is not None:
-                self._confirm(recipient, now, "transport")
+        if ids != self._confirmed_ids or tenant != self._confirmed_tenant:
+            self._note_confirmed()
+            records = self._records
+            found = [records.get((tenant, notification_id)) for notification_id in ids]
+            self._confirmed = [record for record in found if record is not None]
+            # What is not there yet is looked for again.
+            self._confirmed_ids = list(ids) if len(self._confirmed) == len(found) else None
+            self._confirmed_tenant = tenant
+        self._confirmed_by.append(
+            (user_id, _Recipient(SEVERAL, now, now, "confirmed", now, "transport"))
+        )
+        if self._confirmed_ids is None or len(self._confirmed_by) >= CONFIRMED_AT_ONCE:
+            self._note_confirmed()
+
+    def _note_confirmed(self) -> None:
+        """Everything below asks for this first, and whatever lets go of records or replaces them
+        finds them anew afterwards."""
+        confirmed_by, self._confirmed_by = self._confirmed_by, []
+        if not confirmed_by:
+            return
+        count = 0
+        for record in self._confirmed:
+            if type(record) is _Recipients:
+                by_user, pending = record.by_user, record.pending
+                for user_id, confirmed in confirmed_by:
+                    if by_user.get(user_id) is pending:
+                        by_user[user_id] = confirmed
+                        count += 1
+                    else:
+                        self._confirm_one(record, user_id, confirmed)
+                continue
+            for user_id, confirmed in confirmed_by:
+                if (
+                    type(record) is _Recipient
+                    and record.state == "pending"
+                    and record.user_id == user_id
+                ):
+                    # Nearly always: no calls, for a Pong confirms many at once.
+                    record.state = "confirmed"
+                    record.confirmed_at = confirmed.confirmed_at
+                    record.by = "transport"
+                    count += 1
+                else:
+                    self._confirm_one(record, user_id, confirmed)
+        self._pending -= count
+
+    def _confirm_one(self, record: _Record, user_id: str, confirmed: _Recipient) -> None:
+        recipient = _recipient(record, user_id)
+        if recipient is not None and confirmed.confirmed_at is not None:
+            self._confirm(recipient, confirmed.confirmed_at, "transport")
+
+    def _records_change(self) -> None:
+        """Records that were found are about to be let go of, or to be replaced."""
+        self._note_confirmed()
+        self._confirmed_ids, self._confirmed = None, []
 
     def _confirm(self, recipient: _Recipient, now: float, by: Literal["ack", "transport"]) -> None:
         """What he confirmed before counts once."""
@@ -426,12 +496,13 @@ class MemoryAckLedger:
 
     def report(self, tenant: str, notification_id: str) -> AckReport | None:
         """See `AckLedger.report`."""
+        self._note_confirmed()
         record = self._records.get((tenant, notification_id))
         if record is None:
             return None
         recipients = [
-            Confirmation(each.user_id, each.state, each.confirmed_at, each.by)
-            for each in _all_of(record)
+            Confirmation(user_id, each.state, each.confirmed_at, each.by)
+            for user_id, each in _all_of(record)
         ]
         acks = record.acks if isinstance(record, _Anyone) else 0
         return AckReport(notification_id, record.recorded_at, recipients, acks)
@@ -443,14 +514,15 @@ class MemoryAckLedger:
         now = self._clock()
         total = 0
         while self._sent and self._sent_at[0] + self._timeout_seconds <= now:
+            self._note_confirmed()
             sent_at = self._sent_at.popleft()
             record = self._records.get(self._sent.popleft())
             if record is None:
                 continue
             late = 0
-            for recipient in _all_of(record):
+            for user_id, recipient in _all_of(record):
                 if recipient.state == "pending" and recipient.sent_at == sent_at:
-                    recipient.state = "expired"
+                    self._is_late(record, user_id)
                     late += 1
             self._pending -= late
             self._count_expired(late)
@@ -466,6 +538,12 @@ class MemoryAckLedger:
                 await asyncio.sleep(0)
         return total
 
+    @staticmethod
+    def _is_late(record: _Record, user_id: str) -> None:
+        recipient = _recipient(record, user_id)
+        if recipient is not None:
+            recipient.state = "expired"
+
     def _let_go_of_the_oldest(self) -> None:
         sent, records = self._sent, self._records
         while self._size > self._max_pending and self._order:
@@ -476,14 +554,15 @@ class MemoryAckLedger:
             self._sent_at.popleft()
 
     def _let_go(self, key: tuple[str, str]) -> None:
+        self._records_change()
         record = self._records.pop(key)
         if isinstance(record, _Recipient):
             self._size -= 2
             never_confirmed = int(record.state == "pending")
         else:
-            everybody = _all_of(record)
+            everybody = record.by_user.values() if isinstance(record, _Recipients) else ()
             self._size -= 1 + len(everybody)
-            never_confirmed = sum(each.state == "pending" for each in everybody)
+            never_confirmed = sum([each.state == "pending" for each in everybody])
         if never_confirmed:
             self._pending -= never_confirmed
             self._count_expired(never_confirmed)
@@ -495,6 +574,7 @@ class MemoryAckLedger:
 
     def stats(self) -> AckStats:
         """See `AckLedger.stats`."""
+        self._note_confirmed()
         recent = sorted(self._recent_seconds)
         return AckStats(
             pending=self._pending,
@@ -510,10 +590,11 @@ class MemoryAckLedger:
 def _recipient(record: _Record | None, user_id: str) -> _Recipient | None:
     if isinstance(record, _Recipient):
         return record if record.user_id == user_id else None
-    return record.by_user.get(user_id) if isinstance(record, _Recipients) else None
+    return record.own(user_id) if isinstance(record, _Recipients) else None
 
 
-def _all_of(record: _Record) -> Collection[_Recipient]:
+def _all_of(record: _Record) -> Sequence[tuple[str, _Recipient]]:
+    """Each recipient with his user id."""
     if isinstance(record, _Recipient):
-        return (record,)
-    return record.by_user.values() if isinstance(record, _Recipients) else ()
+        return ((record.user_id, record),)
+    return tuple(record.by_user.items()) if isinstance(record, _Recipients) else ()

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from notifyd.connections.connection import State
+from notifyd.connections.connection import HeldTogether, State
 from notifyd.connections.outbox import Bounds
 from notifyd.notification import Outcome, Target
 from tests.unit.connected import Connected, RecordingSink, RecordingStream, World
@@ -188,6 +188,7 @@ class NothingIsLost(RuleBasedStateMachine):
             return
         world = self.world
         held: set[int] = set()
+        held_together: list[HeldTogether] = []
         kept: set[tuple[str, str]] = set()
         for client in self.clients:
             connection = client.connection
@@ -195,12 +196,18 @@ class NothingIsLost(RuleBasedStateMachine):
                 assert connection.unconfirmed is None
                 continue
             for name, each in (connection.unconfirmed or {}).items():
-                assert connection in each.connections
                 assert not each.settled
                 kept.add((connection.identity.user_id, name))
+                if isinstance(each, HeldTogether):
+                    assert connection in each.takers
+                    held_together.append(each)
+                    continue
+                assert connection in each.connections
                 if not each.stored:
                     held.add(id(each))
-        assert world.confirmations.held == len(held)
+        assert world.confirmations.held == len(held) + len(held_together)
+        for together in held_together:
+            assert together.left >= held_together.count(together)
         assert world.confirmations.held <= 12
         for user in ("ann", "bob"):
             cursor: int | None = 0

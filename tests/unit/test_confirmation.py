@@ -3,7 +3,7 @@ from __future__ import annotations
 import gc
 import weakref
 
-from notifyd.connections.connection import MAX_LEFT_TO_LOG
+from notifyd.connections.connection import MAX_LEFT_TO_LOG, TAKERS_PER_HOLDER, HeldTogether
 from notifyd.connections.lifecycle import TOO_SLOW
 from notifyd.connections.outbox import Bounds
 from notifyd.dispatch.confirmation import ASK_AT, KEPT_SETTLED
@@ -13,6 +13,7 @@ from notifyd.queue.base import Page
 from tests.unit.connected import Connected, RecordingSink, RecordingStream, World, a_notification
 
 EVERYBODY = Target("broadcast")
+THREE = Target("users", ("ann", "bob", "eve"))
 
 
 def pending(world: World, user_id: str = "u1") -> list[str]:
@@ -290,6 +291,7 @@ class TestAsking:
         world = World()
         one, two = world.connect("u1"), world.connect("u2")
         world.send("u1")
+        world.confirmations.ask_waiting()
         world.send("u2")
         for _ in range(3):
             world.confirmations.ask_waiting()
@@ -552,3 +554,112 @@ class TestUnderPressure:
         assert world.confirmations.held == 0
         new.say("Ack", notification_ids=ids)
         assert (pending(world), new.held(), world.confirmations.held) == ([], [], 0)
+
+
+class TestManyAtOnce:
+    """One notification to several users, of each of whom one device took it."""
+
+    def test_each_confirms_for_himself(self) -> None:
+        world = World()
+        clients = [world.connect(name) for name in ("ann", "bob", "eve")]
+        id = world.send(THREE).notification_id
+        assert [each.held() for each in clients] == [[id]] * 3
+        world.confirmations.ask_waiting()
+        clients[0].pong_last()
+        assert [each.held() for each in clients] == [[], [id], [id]]
+        assert world.confirmations.held == 2
+        assert [state(world, id, name) for name in ("ann", "bob", "eve")] == [
+            "confirmed",
+            "pending",
+            "pending",
+        ]
+        assert clients[1].ask("Ack", notification_id=id)[0]["type"] == "acked"
+        clients[2].lose()
+        assert pending(world, "eve") == [id]
+        assert (pending(world, "ann"), pending(world, "bob")) == ([], [])
+        assert world.confirmations.held == 0
+        assert world.ledger.stats().pending == 0
+
+    def test_the_same_id_again_is_held_once(self) -> None:
+        world = World()
+        clients = [world.connect(name) for name in ("ann", "bob", "eve")]
+        clients[0].connection.acks = True
+        notification = a_notification()
+        world.send("ann", notification)
+        for _ in range(2):
+            world.send(THREE, notification)
+        assert world.confirmations.held == 3
+        clients[0].say("Ack", notification_id=notification.id)
+        world.confirmations.ask_waiting()
+        for each in clients[1:]:
+            each.pong_last()
+        assert [each.held() for each in clients] == [[]] * 3
+        assert world.confirmations.held == 0
+
+    def test_beyond_the_bound_so_many_of_them_move_to_their_logs(self) -> None:
+        world = World(max_pending=2)
+        clients = [world.connect(name) for name in ("ann", "bob", "eve")]
+        first = world.send(THREE).notification_id
+        assert [each.held() for each in clients] == [[], [first], [first]]
+        assert [pending(world, name) for name in ("ann", "bob", "eve")] == [[first], [], []]
+        second = world.send("eve").notification_id
+        assert [each.held() for each in clients] == [[], [], [first, second]]
+        assert world.confirmations.held == 2
+
+    def test_a_second_device_of_one_of_them_shares_it(self) -> None:
+        world = World(max_pending=4)
+        first, bob = world.connect("ann"), world.connect("bob")
+        id = world.send(THREE).notification_id
+        assert pending(world, "eve") == [id]
+        second = world.connect("ann")
+        assert (first.held(), second.held(), bob.held()) == ([id], [id], [id])
+        first.lose()
+        assert pending(world, "ann") == []
+        assert world.confirmations.held == 2
+        # The oldest of all is still the one that the second device took over.
+        later = [world.send("bob").notification_id for _ in range(4)]
+        assert (second.held(), bob.held()) == ([], later)
+        assert (pending(world, "ann"), pending(world, "bob")) == ([id], [id])
+
+    def test_one_that_is_given_up_meanwhile_finds_it_in_his_log(self) -> None:
+        world = World(bounds=Bounds(max_bytes=1 << 20, max_messages=1000, total_bytes=700))
+        ann, bob = world.connect("ann"), world.connect("bob")
+        world.flush()
+        ann.connection.outbox.pause()
+        receipt = world.send(Target("users", ("ann", "bob")), payload=b'"%s"' % (b"x" * 300))
+        assert ann.sink.closed == (4008, "too slow")
+        assert receipt.results is not None
+        assert receipt.results["ann"].outcome is Outcome.QUEUED
+        assert receipt.results["bob"].outcome is Outcome.DELIVERED
+        assert pending(world, "ann") == [receipt.notification_id]
+        assert bob.held() == [receipt.notification_id]
+        assert world.confirmations.held == 1
+        assert world.metrics.deliveries_total.labels("websocket").value == 1
+
+    def test_one_that_never_confirms_does_not_keep_the_others_in_memory(self) -> None:
+        world = World()
+        names = [f"user-{number}" for number in range(200)]
+        clients = [world.connect(name) for name in names]
+        world.send(Target("users", tuple(names)))
+        world.confirmations.ask_waiting()
+        for each in clients[1:]:
+            each.pong_last()
+        (held,) = (clients[0].connection.unconfirmed or {}).values()
+        assert isinstance(held, HeldTogether)
+        assert held.left == 1
+        assert len(held.takers) <= TAKERS_PER_HOLDER
+        assert clients[0].connection in held.takers
+
+    def test_who_was_just_asked_is_not_asked_again_at_the_tick(self) -> None:
+        world = World()
+        clients = [world.connect(name) for name in ("ann", "bob", "eve")]
+        for _ in range(ASK_AT):
+            world.send(THREE)
+        for each in clients:
+            each.pong_last()
+        id = world.send(THREE).notification_id
+        world.confirmations.ask_waiting()
+        assert [len(asked(each)) for each in clients] == [1, 1, 1]
+        world.confirmations.ask_waiting()
+        assert [len(asked(each)) for each in clients] == [2, 2, 2]
+        assert [each.held() for each in clients] == [[id]] * 3

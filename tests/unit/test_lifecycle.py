@@ -600,7 +600,7 @@ class TestRates:
                 read()
             elif step == "pong":
                 device = devices[args[0]]
-                world.confirmations.ask(device.connection)
+                world.confirmations.ask_waiting()
                 asked = device.connection.asked
                 if asked is not None:
                     world.lifecycle.pong(device.connection, asked[0].to_bytes(4, "big"))
