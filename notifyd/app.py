@@ -397,6 +397,8 @@ class Notifyd(PublishingCalls):
         """
         loop = asyncio.get_running_loop()
         await self._backends.start()
+        if self.tenants.enabled:
+            await self._load_tenants()
         self._backends.watch(self._tasks.spawn)
         self._backends.on_back(self._store_is_back)
         self._flusher.start(loop)
@@ -406,7 +408,6 @@ class Notifyd(PublishingCalls):
         if (problem := await self.verifier.prefetch()) is not None:
             self._log.warning("the keys for tokens cannot be had yet", reason=problem)
         if self.tenants.enabled:
-            await self.tenants.load()
             self._tasks.every(SYNC_SECONDS, self.tenants.sync, "keeping limits and figures")
         if self._logs is not None:
             seconds = self.settings.queue.cleanup_interval_seconds
@@ -423,6 +424,15 @@ class Notifyd(PublishingCalls):
         if self._sources is not None:
             self._sources.start()
         self._phase = "ready"
+
+    async def _load_tenants(self) -> None:
+        try:
+            await self.tenants.load()
+        except Unavailable as error:
+            await self._backends.aclose()
+            raise ConfigurationError(
+                f"tenant: the limits that were set at run time cannot be read: {error.message}"
+            ) from error
 
     async def _join(self, cluster: Cluster) -> None:
         try:

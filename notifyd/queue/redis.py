@@ -451,9 +451,10 @@ class RedisAckLedger:
 
     def expect_each(self, tenant: str, sent: Sequence[tuple[str, str]]) -> Awaitable[None]:
         """See `AckLedger.expect_each`."""
+        expected: asyncio.Future[None] | None = None
         for id, user_id in sent:
             expected = self._expect_some(member(tenant, id), "sent", (user_id,))
-        return expected
+        return _nothing() if expected is None else expected
 
     def _expect_some(self, name: str, kind: str, recipients: Sequence[str]) -> asyncio.Future[None]:
         """All that one turn of the loop expects is one call, whose future all of them share."""
@@ -590,6 +591,10 @@ class RedisAckLedger:
             average_ms=total / acknowledged / 1000 if acknowledged else None,
             p95_ms=recent[int(len(recent) * 0.95)] / 1000 if recent else None,
         )
+
+
+async def _nothing() -> None:
+    """Of nobody is anything expected."""
 
 
 def _hand_on(waiting: asyncio.Future[None], answer: asyncio.Future[Any]) -> None:

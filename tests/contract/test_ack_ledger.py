@@ -67,6 +67,7 @@ class TestExpecting:
         ledger = await backend.ledger()
         await expect(ledger, SECOND, "ann", queued=True)
         clock.now += 2
+        await settled(ledger.expect_each("acme", []))
         await settled(ledger.expect_each("acme", [(FIRST, "ann"), (SECOND, "ann"), (FIRST, "bob")]))
         assert await states(ledger, FIRST) == {"ann": "pending", "bob": "pending"}
         assert await states(ledger, SECOND) == {"ann": "pending"}
