@@ -316,20 +316,22 @@ async def test_every_documented_metric_is_there_and_nobody_elses_names(host: Hos
     assert "a-channels-name" not in response.text
 
 
+@pytest.mark.parametrize("trigger", [False, True])
 async def test_metrics_of_stores_are_those_of_the_stores_in_use(
-    start_on: StartServer, redis_url: str
+    start_on: StartServer, redis_url: str, trigger: bool
 ) -> None:
-    host = await start_on(ack={"backend": "redis"}, redis={"url": redis_url, "key_prefix": "m"})
+    host = await start_on(
+        ack={"backend": "redis"},
+        redis={"url": redis_url, "key_prefix": "m", "trigger_enabled": trigger},
+    )
     found = set(re.findall(r"^# TYPE notifyd_(\w+) ", (await host.get("/metrics")).text, re.M))
-    in_redis = {
-        "redis_up",
-        "redis_breaker_state",
-        "redis_reconnects_total",
+    in_redis = {"redis_up", "redis_breaker_state", "redis_reconnects_total"}
+    of_what_comes = {
         "redis_bad_messages_total",
         "redis_dead_letters_total",
         "redis_trigger_active",
     }
-    assert found == DOCUMENTED | in_redis
+    assert found == DOCUMENTED | in_redis | (of_what_comes if trigger else set())
     assert await host.metric("redis_up") == 1
 
 
