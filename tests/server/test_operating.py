@@ -316,13 +316,13 @@ async def test_every_documented_metric_is_there_and_nobody_elses_names(host: Hos
     assert "a-channels-name" not in response.text
 
 
-@pytest.mark.parametrize("trigger", [False, True])
+@pytest.mark.parametrize("sources", [False, True])
 async def test_metrics_of_stores_are_those_of_the_stores_in_use(
-    start_on: StartServer, redis_url: str, trigger: bool
+    start_on: StartServer, redis_url: str, sources: bool
 ) -> None:
+    chosen = {"trigger_enabled": True, "stream_key": "m:stream"} if sources else {}
     host = await start_on(
-        ack={"backend": "redis"},
-        redis={"url": redis_url, "key_prefix": "m", "trigger_enabled": trigger},
+        ack={"backend": "redis"}, redis={"url": redis_url, "key_prefix": "m", **chosen}
     )
     found = set(re.findall(r"^# TYPE notifyd_(\w+) ", (await host.get("/metrics")).text, re.M))
     in_redis = {"redis_up", "redis_breaker_state", "redis_reconnects_total"}
@@ -331,7 +331,7 @@ async def test_metrics_of_stores_are_those_of_the_stores_in_use(
         "redis_dead_letters_total",
         "redis_trigger_active",
     }
-    assert found == DOCUMENTED | in_redis | (of_what_comes if trigger else set())
+    assert found == DOCUMENTED | in_redis | (of_what_comes if sources else set())
     assert await host.metric("redis_up") == 1
 
 
