@@ -105,9 +105,9 @@ class HeldTogether:
         self.look_at = self.left // TAKERS_PER_HOLDER
         self.settled = False
 
-    def leave(self) -> None:
-        """One of the users has settled it."""
-        self.left -= 1
+    def leave(self, users: int = 1) -> None:
+        """So many of the users have settled it."""
+        self.left -= users
         if self.left <= self.look_at:
             self.look_after()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from itertools import count
+from itertools import count, islice
 from typing import TypeVar
 
 import msgspec
@@ -24,14 +24,18 @@ from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.errors import Unavailable
 from notifyd.eventually import Eventually, chain, rescue, then
 from notifyd.eventually import settled as settled_value
+from notifyd.identity import Identity
 from notifyd.notification import Notification
 from notifyd.queue.base import AckLedger, UserLogs
 from notifyd.wire import ping_frame
 
-ASK_AT = 64
+ASK_AT = 128
 """So many unconfirmed notifications on one connection are asked about at once, not at the next
-tick.
+tick. A Ping and its Pong cost what a delivery costs.
 """
+
+LOOK_EVERY = 8
+"""Of so many notifications to many users, one looks who has ASK_AT."""
 
 KEPT_SETTLED = 256
 """So many settled notifications may be kept in memory, beyond twice as many as are held."""
@@ -85,6 +89,10 @@ class Confirmations:
         # Asked for ASK_AT since the last tick.
         self._asked_early: set[Connection] = set()
         self._counter = count(1)
+        # Those who got the same confirm the same, one after the other: how many did, of what.
+        self._settled_alike: tuple[Held | HeldTogether, ...] = ()
+        self._settled_alike_by = 0
+        self._held_together = 0
 
     # --- holding ---
 
@@ -142,7 +150,6 @@ class Confirmations:
         held = HeldTogether(notification, connections, self._clock())
         id = notification.id
         known = 0
-        full = []
         for connection in connections:
             unconfirmed = connection.unconfirmed
             if unconfirmed is None:
@@ -151,8 +158,6 @@ class Confirmations:
             elif unconfirmed.setdefault(id, held) is not held:
                 # Sent again under the same id: one confirmation settles both.
                 known += 1
-            elif len(unconfirmed) >= ASK_AT and connection.asked is None:
-                full.append(connection)
         if known:
             held.left -= known
             held.look_after()
@@ -161,9 +166,19 @@ class Confirmations:
             self._oldest_first.append(held)
         if self.held > self._max_pending:
             self._move_oldest_to_log()
-        # Last, because a Ping can be what closes a connection, which then hands back what it holds.
-        if full:
-            self._ask_early(full)
+        self._held_together += 1
+        if self._held_together % LOOK_EVERY == 0:
+            # Last, because a Ping can be what closes a connection, which then hands back what it
+            # holds.
+            self._ask_early(
+                [
+                    each
+                    for each in connections
+                    if each.asked is None
+                    and each.unconfirmed is not None
+                    and len(each.unconfirmed) >= ASK_AT
+                ]
+            )
 
     def share(self, held: Held, connection: Connection) -> None:
         """A further connection of the same user took it, from what the others hold."""
@@ -430,7 +445,7 @@ class Confirmations:
                     found = held
         return found
 
-    def _confirm(self, connection: Connection, ids: Sequence[str]) -> None:
+    def _confirm(self, connection: Connection, ids: tuple[str, ...]) -> None:
         """The transport's sign of life confirms these ids, as far as they are still held."""
         identity = connection.identity
         confirmed: list[str] = []
@@ -438,6 +453,9 @@ class Confirmations:
         shared: list[str] = []
         connections = self._registry.tenant(identity.tenant).of_user(identity.user_id)
         if connections == (connection,):
+            if self._settle_alike(connection, ids):
+                self._confirmed(identity, ids, shared)
+                return
             self._settle_alone(connection, ids, confirmed, in_log, shared)
         else:
             for id in ids:
@@ -456,12 +474,51 @@ class Confirmations:
         if in_log:
             self._note_settled(connections, in_log)
             self._writes.settle(identity.tenant, identity.user_id, in_log)
-        if confirmed and self._cluster is not None:
-            self._remember(identity.tenant, identity.user_id, confirmed)
+        if confirmed:
+            self._confirmed(identity, confirmed, shared)
+
+    def _confirmed(self, identity: Identity, ids: Sequence[str], shared: Sequence[str]) -> None:
+        """Let the other nodes and the ledger know."""
+        if self._cluster is not None:
+            self._remember(identity.tenant, identity.user_id, ids)
             if shared:
                 self._cluster.settled(identity.tenant, identity.user_id, shared)
-        if confirmed and self._ledger is not None:
-            self._writes.note(self._ledger.confirm, identity.tenant, identity.user_id, confirmed)
+        if self._ledger is not None:
+            self._writes.note(self._ledger.confirm, identity.tenant, identity.user_id, ids)
+
+    def _settle_alike(self, connection: Connection, ids: tuple[str, ...]) -> bool:
+        """Settle what a Pong confirmed as many others have confirmed it; False where it is not
+        that.
+
+        The rule while many get the same: what is known of all of them is written down once.
+        """
+        unconfirmed = connection.unconfirmed
+        if unconfirmed is None or connection.left_to_log is not None:
+            return False
+        count = len(ids)
+        held = tuple(islice(unconfirmed.values(), count))
+        if tuple(islice(unconfirmed, count)) != ids:
+            return False
+        if held != self._settled_alike:
+            if not all(isinstance(each, HeldTogether) for each in held):
+                return False
+            self._note_settled_alike()
+            self._settled_alike = held
+        self._settled_alike_by += 1
+        self.held -= count
+        connection.ack_credit += count
+        connection.unconfirmed = dict(islice(unconfirmed.items(), count, None)) or None
+        return True
+
+    def _note_settled_alike(self) -> None:
+        """Until here only those who settled it know, which is all that anybody has to ask."""
+        users, self._settled_alike_by = self._settled_alike_by, 0
+        settled, self._settled_alike = self._settled_alike, ()
+        for held in settled:
+            if isinstance(held, HeldTogether):
+                held.leave(users)
+        if settled:
+            self._forget_settled()
 
     def _settle_alone(
         self,
@@ -552,6 +609,7 @@ class Confirmations:
         Who was asked since then, because he takes so much, will soon be for the same reason, and is
         asked here the next time if not.
         """
+        self._note_settled_alike()
         waiting, self._to_ask = self._to_ask, {}
         early, self._asked_early = self._asked_early, set()
         now = []
@@ -610,9 +668,9 @@ class Confirmations:
         if connection.opened_at > before:
             # What it shares with older connections was delivered to them long before it was to it.
             return
-        self._confirm(
-            connection, [id for id, held in connection.unconfirmed.items() if held.since <= before]
-        )
+        outlived = [id for id, held in connection.unconfirmed.items() if held.since <= before]
+        if outlived:
+            self._confirm(connection, tuple(outlived))
 
 
 def _without_settled(oldest_first: deque[HeldT], count: int) -> deque[HeldT]:

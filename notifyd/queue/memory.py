@@ -298,7 +298,7 @@ class MemoryAckLedger:
         self._total_seconds = 0.0
         # Those who were sent the same confirm the same one after the other. What was confirmed
         # last, its records, and who did it is noted here, until there are many or others ask.
-        self._confirmed_ids: list[str] | None = None
+        self._confirmed_ids: tuple[str, ...] | None = None
         self._confirmed_tenant = ""
         self._confirmed: list[_Record] = []
         self._confirmed_by: list[tuple[str, _Recipient]] = []
@@ -415,13 +415,14 @@ class MemoryAckLedger:
     def confirm(self, tenant: str, user_id: str, ids: Sequence[str]) -> None:
         """See `AckLedger.confirm`."""
         now = self._clock()
+        ids = tuple(ids)
         if ids != self._confirmed_ids or tenant != self._confirmed_tenant:
             self._note_confirmed()
             records = self._records
             found = [records.get((tenant, notification_id)) for notification_id in ids]
             self._confirmed = [record for record in found if record is not None]
             # What is not there yet is looked for again.
-            self._confirmed_ids = list(ids) if len(self._confirmed) == len(found) else None
+            self._confirmed_ids = ids if len(self._confirmed) == len(found) else None
             self._confirmed_tenant = tenant
         self._confirmed_by.append(
             (user_id, _Recipient(SEVERAL, now, now, "confirmed", now, "transport"))
@@ -436,9 +437,15 @@ class MemoryAckLedger:
         if not confirmed_by:
             return
         count = 0
+        everybody = dict(confirmed_by)
         for record in self._confirmed:
             if type(record) is _Recipients:
                 by_user, pending = record.by_user, record.pending
+                if list(map(by_user.get, everybody)).count(pending) == len(confirmed_by):
+                    # Nearly always, while many get the same: no loop, for it would be of each.
+                    by_user.update(everybody)
+                    count += len(confirmed_by)
+                    continue
                 for user_id, confirmed in confirmed_by:
                     if by_user.get(user_id) is pending:
                         by_user[user_id] = confirmed

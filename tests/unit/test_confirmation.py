@@ -372,7 +372,10 @@ class TestAsking:
         world.lifecycle.pong(client.connection, b"\0\0\0\1")
 
     def test_a_ping_that_is_too_much_closes_and_hands_back(self) -> None:
-        world = World(bounds=Bounds(max_bytes=1 << 20, max_messages=ASK_AT, total_bytes=1 << 30))
+        world = World(
+            max_size_per_user=ASK_AT,
+            bounds=Bounds(max_bytes=1 << 20, max_messages=ASK_AT, total_bytes=1 << 30),
+        )
         client = world.connect()
         other = world.connect("u2")
         client.read()
@@ -644,6 +647,8 @@ class TestManyAtOnce:
         world.confirmations.ask_waiting()
         for each in clients[1:]:
             each.pong_last()
+        # Who confirms the same as those before him is counted off at the tick at the latest.
+        world.confirmations.ask_waiting()
         (held,) = (clients[0].connection.unconfirmed or {}).values()
         assert isinstance(held, HeldTogether)
         assert held.left == 1
