@@ -4,7 +4,7 @@ FROM python:3.11-slim AS build
 WORKDIR /src
 RUN python -m venv /opt/notifyd
 COPY requirements.lock ./
-RUN /opt/notifyd/bin/pip install --no-cache-dir --require-hashes -r requirements.lock
+RUN /opt/notifyd/bin/pip install --no-cache-dir --require-hashes --no-deps -r requirements.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY notifyd ./notifyd
 RUN /opt/notifyd/bin/pip install --no-cache-dir --no-deps .

@@ -26,13 +26,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The package itself is installed editable, so only a change of pyproject.toml or of a lock counts.
+# A lock names everything that is needed: without --no-deps, pip would resolve anew, and older ones prefer
+# a release that came out since to the locked one where a package is asked for with an extra.
 $(VENV)/.runtime: requirements.lock pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 $(VENV)/.development: requirements-dev.lock $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-dev.lock
 	@touch $@
 
 run: $(VENV)/.runtime
