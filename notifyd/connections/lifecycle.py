@@ -227,7 +227,8 @@ class Lifecycle:
     ) -> Connection:
         """A connection for a handshake that was accepted; without an identity it waits for Auth.
 
-        The sink must be able to write already; `opening` is written before anything else.
+        The sink must be able to write already. `opening` is written before anything else, by the
+        caller's `Outbox.flush`, which must follow.
         """
         connection = Connection(
             new_uuid(),
@@ -239,6 +240,7 @@ class Lifecycle:
             now=self._clock(),
         )
         if opening:
+            connection.outbox.will_flush()
             connection.outbox.put(opening)
         if identity is None:
             self._await_auth(connection)
@@ -305,9 +307,11 @@ class Lifecycle:
 
     def _make_room(self, identity: Identity) -> None:
         """Evict the user's connection that was heard from longest ago, where he has too many."""
-        connections = self.registry.tenant(identity.tenant).of_user(identity.user_id)
         # Once more: others may have come while this one was told that it may.
         self._check_room_of(identity)
+        connections = self.registry.tenant(identity.tenant).of_user(identity.user_id)
+        if not connections:
+            return
         most = self._limits.of_tenant(identity.tenant).max_connections_per_user
         surplus = max(0, len(connections) - most + 1)
         for connection in sorted(connections, key=lambda each: each.last_heard)[:surplus]:

@@ -463,6 +463,11 @@ class Outbox:
         """Whether a replay is on."""
         return self._ahead is not None
 
+    def will_flush(self) -> None:
+        """What is put from here on is written by the caller's `flush`, which follows in this loop
+        turn whatever happens: nothing has to be scheduled for it."""
+        self._scheduled = True
+
     def flush(self) -> None:
         """Write up to 64 KiB of what has gathered, unless the transport is paused."""
         self._scheduled = False

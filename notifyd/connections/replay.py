@@ -114,8 +114,8 @@ class Replayer:
         """Replay before anything live. What fits into one page of a store that answers at once is
         written without a task. `known`: done when the other nodes can find the user here, which
         comes before his log is read."""
-        connection.outbox.hold_back()
         if known is not None:
+            connection.outbox.hold_back()
             self._begin(connection)
             self._spawn(self._replay_known(connection, known))
             return
@@ -125,6 +125,9 @@ class Replayer:
             first = self._read(connection, 0)
             if not is_awaitable(first):
                 self._readers.leave(answered=first is not _UNAVAILABLE)
+                if self._is_nothing(connection, first):
+                    return
+                connection.outbox.hold_back()
                 cursor = first.cursor
                 already = self._send_page(connection, first)
                 if cursor is None:
@@ -134,8 +137,23 @@ class Replayer:
                         self._finish(connection, already)
                         return
                 first = Page((), cursor)
+        # Nothing came between: all of this is one turn of the event loop.
+        connection.outbox.hold_back()
         self._begin(connection)
         self._spawn(self._replay(connection, first, already))
+
+    def _is_nothing(self, connection: Connection, page: Page) -> bool:
+        """Whether this page of his log is all there is to replay to a user, and is empty: nearly
+        always, where few are away."""
+        identity = connection.identity
+        return (
+            not page.entries
+            and page.cursor is None
+            and page.overflow is None
+            and page is not _UNAVAILABLE
+            and self._confirmations.is_alone(connection)
+            and not self._writes.has_homeless(identity.tenant, identity.user_id)
+        )
 
     def again(self, connection: Connection, *, before_live: bool = False) -> None:
         """Something went to the log of a user who is connected: replay it to him, marked.

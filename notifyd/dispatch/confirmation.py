@@ -234,6 +234,11 @@ class Confirmations:
         self.held += 1
         self._ask_soon(connection)
 
+    def is_alone(self, connection: Connection) -> bool:
+        """Whether a connection is its user's only one here."""
+        identity = connection.identity
+        return self._registry.tenant(identity.tenant).of_user(identity.user_id) == (connection,)
+
     def held_by_others(self, connection: Connection) -> list[Held]:
         """What the user's other connections hold that is not in his log, in order of delivery.
 

@@ -184,6 +184,10 @@ class StoreWrites:
             del self._homeless[key]
         return True
 
+    def has_homeless(self, tenant: str, user_id: str) -> bool:
+        """Whether something of this user waits for a store that is away."""
+        return (tenant, user_id) in self._homeless
+
     def take_homeless(self, tenant: str, user_id: str) -> list[Notification]:
         """What waits for a store that is away: whoever takes it has to hold it."""
         waiting = self._homeless.pop((tenant, user_id), {})

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Awaitable, Callable, Mapping
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, cast
 
@@ -78,6 +79,9 @@ UVICORN_ATTRIBUTES: Final = {
     "ServerState": ("connections", "default_headers", "tasks", "total_requests"),
 }
 
+OF_ONE_SOCKET: Final = ("parser", "pipeline")
+"""What `HttpToolsProtocol` makes for each socket anew."""
+
 MAX_HEAD_BYTES = 16384
 MAX_HEADERS = 100
 MAX_EARLY_BYTES = 65536
@@ -138,42 +142,64 @@ class FastCycle:
         self.disconnected = False
 
 
-class HttpProtocol(HttpToolsProtocol):
-    """One client's socket while it speaks HTTP."""
+class Beginning:
+    """What uvicorn's protocol has before its socket: all but the parser and the pipeline is the
+    same for every one of them."""
+
+    __slots__ = ("shared",)
 
     def __init__(
         self,
-        services: Services,
-        door: Door,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+        self.shared = vars(HttpToolsProtocol(config, server_state, app_state, _loop))
+        for name in OF_ONE_SOCKET:
+            del self.shared[name]
+
+
+def _new_parser(protocol: HttpToolsProtocol) -> httptools.HttpRequestParser:
+    parser = httptools.HttpRequestParser(protocol)
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+    return parser
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One client's socket while it speaks HTTP."""
+
+    # Where every socket begins; it gets its own of what changes.
+    deadline = _NEVER
+    _in_head = False
+    _head_bytes = 0
+    _head_began = False
+    _ended = False
+    _upgrades = False
+    _upgrade_ignored = False
+    _refused = False
+    _endpoint: Endpoint | None = None
+    _length = -1
+    _body: bytes | bytearray = b""
+    _trailer = False
+    _trailer_bytes = 0
+    _forwarded = False
+    _host = ""
+    _stream = False
+    _early: bytearray | None = None
+    _refusal: NotifydError | None = None
+    _refused_route = "invalid"
+    _default_headers: Sequence[tuple[bytes, bytes]] = ()
+    _default_head = b""
+
+    def __init__(self, services: Services, door: Door, beginning: Beginning) -> None:
+        # Instead of uvicorn's own, which finds out the same for every socket.
+        vars(self).update(beginning.shared)
+        self.pipeline = deque()
+        self.parser = _new_parser(self)
         self._services = services
         self._door = door
         self._timeouts = services.timeouts
-        self._in_head = False
-        self._head_bytes = 0
-        self._head_began = False
-        self._ended = False
-        self._upgrade_ignored = False
-        self._refused = False
-        self._endpoint: Endpoint | None = None
-        self._length = -1
-        self._body: bytes | bytearray = b""
-        self._trailer = False
-        self._trailer_bytes = 0
-        self._forwarded = False
-        self._host = ""
-        self._stream = False
-        self._early: bytearray | None = None
-        self._refusal: NotifydError | None = None
-        self._refused_route = "invalid"
-        self._default_headers: list[tuple[bytes, bytes]] = []
-        self._default_head = b""
-        self.deadline = _NEVER
 
     # --- the transport ---
 
@@ -183,7 +209,6 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport = cast(asyncio.Transport, transport)
         self.connections.add(self)
         self.flow = FlowControl(self.transport)
-        self.server = _address(transport, "sockname")
         self.client = _address(transport, "peername")
         self._host = self.client[0] if self.client else ""
         self.scheme = "https" if transport.get_extra_info("sslcontext") else "http"
@@ -305,6 +330,8 @@ class HttpProtocol(HttpToolsProtocol):
     def _make_scope(self) -> None:
         """The scope for ASGI, of the head that is read already."""
         url, headers, expects = self.url, self.headers, self.expect_100_continue
+        if self.server is None:
+            self.server = _address(self.transport, "sockname")
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expects
         self.headers += headers
@@ -314,8 +341,13 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_head = False
         parser = self.parser
         method = parser.get_method()
-        if parser.should_upgrade() and method != b"CONNECT" and not self._should_upgrade():
-            self._upgrade_ignored = True
+        if parser.should_upgrade() and method != b"CONNECT":
+            if self._should_upgrade():
+                # The parser ends behind this head, and no scope is needed.
+                self._check_length()
+                self._upgrades = True
+            else:
+                self._upgrade_ignored = True
             return
         if method == b"POST":
             endpoint = self._services.fast.get(self.url)
@@ -435,8 +467,9 @@ class HttpProtocol(HttpToolsProtocol):
             self._answer_fast(endpoint)
         elif self._stream:
             self._open_stream()
-        elif self._upgrade_ignored:
-            # The parser takes its body for another protocol's bytes; it is begun anew.
+        elif self._upgrades or self._upgrade_ignored:
+            # The parser takes what follows for another protocol's bytes; if it is this request's
+            # body, the request is begun anew.
             return
         else:
             answered = self.cycle is not None and self.cycle.response_complete
@@ -655,8 +688,7 @@ class HttpProtocol(HttpToolsProtocol):
         for name, value in self.headers:
             if name != b"upgrade":
                 head += b"%b: %b\r\n" % (name, value)
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self.parser = _new_parser(self)
         return head + b"\r\n" + rest
 
     def _upgrade(self, early: bytes) -> None:

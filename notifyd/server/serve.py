@@ -23,7 +23,7 @@ from uvicorn.server import ServerState
 
 from notifyd.errors import ConfigurationError
 from notifyd.server.door import Door, Doorman
-from notifyd.server.http import TESTED_UVICORN, HttpProtocol, Services
+from notifyd.server.http import TESTED_UVICORN, Beginning, HttpProtocol, Services
 from notifyd.server.websocket import WebSocketProtocol
 from notifyd.server.workers import Supervisor, Work, reserve
 
@@ -87,6 +87,7 @@ class Server(uvicorn.Server):
         self._announce = announce
         self._log = structlog.get_logger("notifyd.server")
         self.door: Door | None = None
+        self._make_guest: Callable[[], asyncio.Protocol]
         self._draining: asyncio.Future[None] | None = None
 
     def make_protocol(
@@ -106,10 +107,9 @@ class Server(uvicorn.Server):
                 on_many_left=_give_memory_back,
             )
             door.start()
-        make_guest = partial(
-            HttpProtocol, self._serving.services, door, config, server_state, app_state, _loop
-        )
-        return Doorman(door, make_guest)
+            beginning = Beginning(config, server_state, app_state, _loop)
+            self._make_guest = partial(HttpProtocol, self._serving.services, door, beginning)
+        return Doorman(door, self._make_guest)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""

@@ -151,6 +151,19 @@ class WebSocketProtocol(asyncio.Protocol):
         self._read(data)
 
     def _read(self, data: bytes) -> None:
+        connection = self._connection
+        if connection is None:
+            self._read_frames(data)
+            return
+        outbox = connection.outbox
+        outbox.will_flush()
+        try:
+            self._read_frames(data)
+        finally:
+            # A reply does not wait behind a broadcast that is being flushed.
+            outbox.flush()
+
+    def _read_frames(self, data: bytes) -> None:
         position, end = 0, len(data)
         turns = MESSAGES_PER_TURN
         between_messages = False
@@ -178,9 +191,6 @@ class WebSocketProtocol(asyncio.Protocol):
             between_messages = between_messages or self._parser is None
         if not self._closing:
             self._watch_message(begun=between_messages)
-        if self._connection is not None:
-            # A reply does not wait behind a broadcast that is being flushed.
-            self._connection.outbox.flush()
 
     def _read_whole_frames(self, data: bytes, position: int, turns: int) -> tuple[int, int]:
         """Read whole messages while there is nothing special about them.

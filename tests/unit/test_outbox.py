@@ -62,6 +62,30 @@ class TestFlushing:
         assert written(outbox) == [b"onetwo"]
         assert (outbox.size, outboxes.flusher.waiting_bytes) == (0, 0)
 
+    def test_what_the_caller_will_flush_is_not_scheduled(self) -> None:
+        outboxes = Outboxes()
+        outbox = outboxes.new()
+        outbox.will_flush()
+        outbox.put(b"one")
+        outbox.put(b"two")
+        assert not outboxes.loop.ready
+        outbox.flush()
+        assert written(outbox) == [b"onetwo"]
+        outbox.put(b"three")
+        outboxes.loop.turn()
+        assert written(outbox) == [b"onetwo", b"three"]
+
+    def test_what_the_caller_could_not_flush_is_scheduled(self) -> None:
+        outboxes = Outboxes()
+        outbox = outboxes.new()
+        outbox.will_flush()
+        outbox.put(b"x" * WRITE_BYTES)
+        outbox.put(b"y")
+        outbox.flush()
+        assert written(outbox) == [b"x" * WRITE_BYTES]
+        outboxes.loop.settle()
+        assert written(outbox)[1:] == [b"y"]
+
     def test_a_single_frame_is_handed_over_as_it_is(self) -> None:
         outboxes = Outboxes()
         outbox = outboxes.new()

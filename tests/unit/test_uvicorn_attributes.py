@@ -16,7 +16,13 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.server import Server, ServerState
 
 from notifyd.app import Notifyd, sockets_of
-from notifyd.server.http import TESTED_UVICORN, UVICORN_ATTRIBUTES, FastCycle
+from notifyd.server.http import (
+    OF_ONE_SOCKET,
+    TESTED_UVICORN,
+    UVICORN_ATTRIBUTES,
+    Beginning,
+    FastCycle,
+)
 from notifyd.server.serve import listen, make_server
 from tests.adversity.raw import connected, frame, handshake, request
 from tests.front_door import ADMIN_KEY, settings_of, token
@@ -99,6 +105,23 @@ def test_the_stand_in_for_a_cycle_has_what_uvicorn_reads_of_one() -> None:
             for part in source.split("self.cycle.")[1:]}  # fmt: skip
     written_for_asgi_only = {"body"}
     assert read - written_for_asgi_only <= set(UVICORN_ATTRIBUTES["RequestResponseCycle"])
+
+
+def test_sockets_share_all_that_uvicorn_has_before_one_comes() -> None:
+    config = Config(Starlette(), http="httptools", ws="none", log_config=None)
+    config.load()
+    state, app_state = ServerState(), dict[str, object]()
+    loop = asyncio.new_event_loop()
+    try:
+        one, other = (
+            vars(httptools_impl.HttpToolsProtocol(config, state, app_state, loop)) for _ in range(2)
+        )
+        shared = Beginning(config, state, app_state, loop).shared
+    finally:
+        loop.close()
+    own = {name for name in one if one[name] is not other[name]}
+    assert own == set(OF_ONE_SOCKET)
+    assert shared == {name: value for name, value in one.items() if name not in own}
 
 
 def test_the_installed_uvicorn_is_the_tested_one() -> None:
