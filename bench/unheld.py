@@ -42,6 +42,17 @@ class Forgetful(Confirmations):
         """Forget it."""
         self.hold_each(notification, connections)
 
+    def hold_alone(
+        self,
+        notification: Notification,
+        connections: tuple[Connection, ...],
+        now: float,
+        *,
+        shared: bool = False,
+    ) -> None:
+        """Forget it."""
+        self.hold_each(notification, connections)
+
     def hold_each(self, notification: Notification, connections: Sequence[Connection]) -> None:
         """Forget it."""
         if len(self._were_asked) < len(self._registry):

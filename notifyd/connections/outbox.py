@@ -27,6 +27,9 @@ milliseconds."""
 
 CHECK_EVERY = 16
 
+FRAMING_BYTES = 32
+"""At most so many are between a message's JSON and what is written of it."""
+
 MAX_FAN_OUTS = 8
 """So many of one tenant may be under way; a further one first waits for the oldest, so that who
 sends faster than can be written is slowed down himself."""
@@ -184,6 +187,35 @@ class Flusher:
         if self._gathered_bytes > WRITE_BYTES:
             self._join_gathered()
         self._schedule_run()
+
+    def give_up_full(self, recipients: Recipients, message: Message) -> int:
+        """Give up those of them whose transports are paused and whose outboxes have no room for
+        this message; how many. Before `put_all`, which could not tell any more.
+        """
+        if not self._paused:
+            return 0
+        under_way = self._fan_outs.get(recipients.tenant, ())
+        # What is on its way to an outbox is in it at the latest when it is looked at closely.
+        messages = len(self._gathered) + sum([each.messages for each in under_way]) + 1
+        size = self._gathered_bytes + sum([len(each.data) for each in under_way])
+        size += (messages + 1) * FRAMING_BYTES + len(message.json)
+        most, most_messages = self.bounds.max_bytes, self.bounds.max_messages
+        given_up = 0
+        for outbox in tuple(self._paused):
+            surely_has_room = outbox.size + size <= most and (
+                outbox.messages + messages <= most_messages
+            )
+            if surely_has_room or outbox not in recipients:
+                continue
+            if self.spread_to(outbox):
+                if outbox.connection.transport == "websocket":
+                    data = message.websocket
+                else:
+                    data = message.sse
+                if outbox.size + len(data) > most or outbox.messages >= most_messages:
+                    self.on_slow(outbox)
+            given_up += outbox.closed
+        return given_up
 
     def spread_to(self, outbox: Outbox) -> bool:
         """Put into this one what is on its way to many and has not reached it; False where it is

@@ -105,25 +105,7 @@ class Confirmations:
     ) -> None:
         """These connections of one user just took it; `shared`: so may some on other nodes."""
         if len(connections) == 1:
-            # Most users have one device: no lists, no loops.
-            (connection,) = connections
-            id = notification.id
-            unconfirmed = connection.unconfirmed
-            if unconfirmed is not None and id in unconfirmed:
-                return
-            held = Held(notification, connections, self._clock(), shared=shared)
-            if unconfirmed is None:
-                unconfirmed = connection.unconfirmed = {id: held}
-                self._ask_soon(connection)
-            else:
-                # It is asked by its Ping, or waits to be, as ever while it has something.
-                unconfirmed[id] = held
-            self._oldest_first.append(held)
-            self.held += 1
-            if self.held > self._max_pending:
-                self._move_oldest_to_log()
-            if len(unconfirmed) >= ASK_AT and connection.asked is None:
-                self._ask_early((connection,))
+            self.hold_alone(notification, connections, self._clock(), shared=shared)
             return
         id = notification.id
         takers = tuple(
@@ -144,6 +126,34 @@ class Confirmations:
         # Last, because a Ping can be what closes a connection, which then hands back what it holds.
         for connection in connections:
             self._ask_soon(connection)
+
+    def hold_alone(
+        self,
+        notification: Notification,
+        connections: tuple[Connection, ...],
+        now: float,
+        *,
+        shared: bool = False,
+    ) -> None:
+        """`hold` for a user's only connection, which took it at `now` (Unix seconds)."""
+        (connection,) = connections
+        id = notification.id
+        unconfirmed = connection.unconfirmed
+        if unconfirmed is None:
+            held = Held(notification, connections, now, shared=shared)
+            unconfirmed = connection.unconfirmed = {id: held}
+            self._ask_soon(connection)
+        elif id in unconfirmed:
+            return
+        else:
+            # It is asked by its Ping, or waits to be, as ever while it has something.
+            held = unconfirmed[id] = Held(notification, connections, now, shared=shared)
+        self._oldest_first.append(held)
+        self.held += 1
+        if self.held > self._max_pending:
+            self._move_oldest_to_log()
+        if len(unconfirmed) >= ASK_AT and connection.asked is None:
+            self._ask_early((connection,))
 
     def hold_each(self, notification: Notification, connections: Sequence[Connection]) -> None:
         """`hold` for many users at once, of each of whom one connection just took it."""

@@ -133,8 +133,11 @@ class Dispatcher:
         started = perf_counter()
         self._notifications("user", source).inc(len(sends))
         users = self._registry.tenant(tenant).users
+        now = self._clock()
         messages = [
-            self._message_at_once(notification) if user_id in users else None
+            notification_message(notification)
+            if user_id in users and self._goes_at_once(notification, now)
+            else None
             for user_id, notification in sends
         ]
         if self._ledger is not None:
@@ -147,6 +150,7 @@ class Dispatcher:
             if sent:
                 self._writes.note(self._ledger.expect_each, tenant, sent)
         receipts: list[Eventually[Receipt] | Exception] = []
+        websockets = streams = 0
         for (user_id, notification), message in zip(sends, messages, strict=True):
             try:
                 if message is None:
@@ -154,12 +158,22 @@ class Dispatcher:
                     receipts.append(self._send(tenant, target, notification, None))
                     continue
                 # One of those before may have been the last that its connection could take.
-                connections = users.get(user_id)
-                taken_by = (
-                    self._offer(notification, message, connections)
-                    if connections is not None
-                    else 0
-                )
+                connections = users.get(user_id, ())
+                if len(connections) != 1:
+                    taken_by = self._offer(notification, message, connections)
+                else:
+                    # Most users have one device: counted together, and held before the next one is
+                    # offered anything, which may be what closes this one.
+                    (connection,) = connections
+                    taken_by = int(connection.offer(message))
+                    if not taken_by:
+                        self._refused.inc()
+                    else:
+                        if connection.transport == "websocket":
+                            websockets += 1
+                        else:
+                            streams += 1
+                        self._confirmations.hold_alone(notification, connections, now)
                 receipts.append(
                     Receipt(notification.id, Outcome.DELIVERED, taken_by)
                     if taken_by
@@ -167,6 +181,7 @@ class Dispatcher:
                 )
             except Exception as error:  # noqa: BLE001  # the caller's to tell, of this one alone
                 receipts.append(error)
+        self._count(websockets, streams)
         if self._tally is not None:
             receipts = [
                 each if isinstance(each, Exception) else self._tallied(tenant, each)
@@ -186,17 +201,16 @@ class Dispatcher:
 
         return then(receipt, counted)
 
-    def _message_at_once(self, notification: Notification) -> Message | None:
-        """The message, where whoever is connected is to get it, and nothing else comes first."""
-        if (
-            (notification.ttl and notification.occurred_at + notification.ttl <= self._clock())
-            or notification.audience.type != "All"
-            or len(memoryview(notification.payload)) > _SURELY_SMALL
-            or self._store_first
-            or self._cluster is not None
-        ):
-            return None
-        return notification_message(notification)
+    def _goes_at_once(self, notification: Notification, now: float) -> bool:
+        """Whether all who are connected here get it, and nothing else comes first."""
+        ttl = notification.ttl
+        return (
+            self._cluster is None
+            and not self._store_first
+            and (not ttl or notification.occurred_at + ttl > now)
+            and notification.audience.type == "All"
+            and len(memoryview(notification.payload)) <= _SURELY_SMALL
+        )
 
     def _send(
         self, tenant_name: str, target: Target, notification: Notification, exclude: str | None
@@ -240,6 +254,12 @@ class Dispatcher:
         recipients = narrowed(found, notification.audience, exclude)
         connections = recipients.connections
         if connections:
+            message = message or notification_message(notification)
+            if refused := self._flusher.give_up_full(recipients, message):
+                self._refused.inc(refused)
+                return self._send_to_connected(
+                    tenant_name, tenant, target, notification, message, exclude
+                )
             # The expectation is there before the first bytes are: no ack can come too early.
             if self._ledger is None:
                 pass
@@ -249,7 +269,7 @@ class Dispatcher:
             else:
                 self._writes.note(self._ledger.expect_anyone, tenant_name, notification.id)
             started = perf_counter()
-            self._flusher.put_all(recipients, message or notification_message(notification))
+            self._flusher.put_all(recipients, message)
             self._metrics.fanout_seconds.observe(perf_counter() - started)
             self._count(recipients.websockets, recipients.streams)
             outcome = Outcome.DELIVERED
@@ -346,10 +366,12 @@ class Dispatcher:
         *,
         shared: bool = False,
     ) -> int:
-        """Offer to a user's connections and hold; how many took it."""
+        """Offer to a user's connections and hold; how many took it, now or before under this id."""
         if len(connections) == 1:
             # Most users have one device: no lists, no loops.
             (connection,) = connections
+            if connection.unconfirmed and notification.id in connection.unconfirmed:
+                return 1
             if connection.transport == "websocket":
                 accepted = connection.outbox.put(message.websocket)
                 delivered = self._delivered_websocket
@@ -362,14 +384,22 @@ class Dispatcher:
             delivered.inc()
             self._confirmations.hold(notification, connections, shared=shared)
             return 1
-        offered = [connection for connection in connections if connection.offer(message)]
+        id = notification.id
+        offered = []
+        known = 0
+        for connection in connections:
+            if connection.unconfirmed and id in connection.unconfirmed:
+                known += 1
+            elif connection.offer(message):
+                offered.append(connection)
         # One that took it may have been given up to make room for it in another.
         taken_by = tuple(each for each in offered if each.state is State.OPEN)
         streams = sum(connection.transport == "sse" for connection in taken_by)
-        self._count(len(taken_by) - streams, streams, len(connections) - len(taken_by))
+        refused = len(connections) - known - len(taken_by)
+        self._count(len(taken_by) - streams, streams, refused)
         if taken_by:
             self._confirmations.hold(notification, taken_by, shared=shared)
-        return len(taken_by)
+        return known + len(taken_by)
 
     def _send_to_users(
         self,
@@ -391,6 +421,7 @@ class Dispatcher:
         takers: list[Connection] = []
         for_all = exclude is None and notification.audience.type == "All"
         users = tenant.users
+        id = notification.id
         open_before = len(self._registry)
         for user_id in user_ids:
             if user_id in results:
@@ -401,8 +432,9 @@ class Dispatcher:
                 pass
             elif for_all and len(devices) == 1:
                 # Most users have one device, and all of those are held for in one.
-                if devices[0].offer(message):
-                    takers.append(devices[0])
+                (device,) = devices
+                if (device.unconfirmed and id in device.unconfirmed) or device.offer(message):
+                    takers.append(device)
                     results[user_id] = _BY_ONE
                     continue
                 self._refused.inc()

@@ -540,6 +540,7 @@ class MemoryAckLedger:
             record = self._records[self._order[0]]
             if record.recorded_at + self._retention > now:
                 break
+            self._records_change()
             self._let_go(self._order.popleft())
             if len(self._order) % RECORDS_PER_TURN == 0:
                 await asyncio.sleep(0)
@@ -552,20 +553,23 @@ class MemoryAckLedger:
             recipient.state = "expired"
 
     def _let_go_of_the_oldest(self) -> None:
-        sent, records = self._sent, self._records
-        while self._size > self._max_pending and self._order:
-            self._let_go(self._order.popleft())
+        sent, records, order = self._sent, self._records, self._order
+        self._records_change()
+        while self._size > self._max_pending and order:
+            self._let_go(order.popleft())
         # Entries of notifications that are gone; without this they would outlive the bound.
         while sent and sent[0] not in records:
             sent.popleft()
             self._sent_at.popleft()
 
     def _let_go(self, key: tuple[str, str]) -> None:
-        self._records_change()
+        """Forget a notification; `_records_change` comes before it."""
         record = self._records.pop(key)
-        if isinstance(record, _Recipient):
+        if type(record) is _Recipient:
             self._size -= 2
-            never_confirmed = int(record.state == "pending")
+            if record.state != "pending":
+                return
+            never_confirmed = 1
         else:
             everybody = record.by_user.values() if isinstance(record, _Recipients) else ()
             self._size -= 1 + len(everybody)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 
 from tests.conftest import StartServer
-from tests.front_door import WAIT, Host, RawWebSocket, Transport, token, until, user
+from tests.front_door import WAIT, Host, RawWebSocket, Transport, channel, token, until, user
 
 LARGE = "x" * 60_000
 
@@ -55,12 +56,13 @@ async def test_who_is_silent_is_closed_and_who_answers_pings_is_not(start_on: St
     assert await host.metric("connections_closed_total", transport="websocket", reason="idle") == 1
 
 
-async def open_and_stop_reading(host: Host, transport: Transport) -> RawWebSocket:
+async def open_and_stop_reading(host: Host, transport: Transport, **claims: Any) -> RawWebSocket:
     """A client of either kind that takes its greeting, then nothing."""
+    jwt = token("ada", **claims)
     if transport == "websocket":
-        return await host.raw_websocket("ada", receive_buffer=4096)
+        return await host.raw_websocket(jwt=jwt, receive_buffer=4096)
     reader, writer = await host.raw(4096)
-    head = f"GET /sse HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token('ada')}\r\n\r\n"
+    head = f"GET /sse HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {jwt}\r\n\r\n"
     writer.write(head.encode())
     async with asyncio.timeout(WAIT):
         await reader.readuntil(b"event: connected")
@@ -77,6 +79,22 @@ async def publish_until_it_is_too_much(host: Host) -> list[str]:
             return ids
         assert answer["outcome"] == "delivered"
     raise AssertionError("the client took it all")
+
+
+async def test_a_receipt_of_a_channel_leaves_out_who_was_too_slow_for_it(
+    start: StartServer, transport: Transport
+) -> None:
+    host = await start(websocket={"outbox_max_bytes": 262_144})
+    reading = await host.websocket(jwt=token("bob", subscribe=["news"]))
+    await open_and_stop_reading(host, transport, subscribe=["news"])
+    delivered_to: list[int] = []
+    while len(delivered_to) < 1000 and delivered_to[-1:] != [1]:
+        answer = await host.publish(channel("news"), payload={"x": LARGE})
+        delivered_to.append(answer["delivered_to"])
+        await reading.expect("notification")
+    assert delivered_to == [2] * (len(delivered_to) - 1) + [1]
+    assert await host.metric("connections_closed_total", transport=transport, reason="slow") == 1
+    assert await host.metric("delivery_failures_total", reason="slow") == 1
 
 
 async def test_a_slow_consumer_is_closed_and_what_it_held_is_kept(

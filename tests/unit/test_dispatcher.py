@@ -19,6 +19,7 @@ from notifyd.notification import (
     Target,
 )
 from notifyd.queue.base import Rejection
+from notifyd.wire import notification_message
 from tests.unit.connected import Connected, RecordingSink, World, a_notification
 
 EVERYBODY = Target("broadcast")
@@ -321,11 +322,63 @@ class TestConnected:
         slow = clients[1]
         slow.connection.outbox.pause()
         slow.connection.outbox.put(b"x" * 999)
-        world.send(ORDERS)
+        assert world.send(ORDERS).delivered_to == 2
+        assert world.metrics.delivery_failures_total.labels("slow").value == 1
         world.flush()
         assert slow.sink.closed == (4008, "too slow")
         assert [len(each.read_notifications()) for each in (clients[0], clients[2])] == [1, 1]
         assert world.send(ORDERS).delivered_to == 2
+
+    def test_what_is_on_its_way_to_one_that_stopped_reading_counts_against_his_room(self) -> None:
+        size = len(notification_message(a_notification()).websocket)
+        world = World(bounds=Bounds(max_bytes=3 * size, max_messages=1000, total_bytes=1 << 30))
+        slow = subscriber(world, "u1", "orders")
+        world.flush()
+        slow.connection.outbox.pause()
+        outcomes = [world.send(ORDERS).outcome for _ in range(4)]
+        assert outcomes == [Outcome.DELIVERED] * 3 + [Outcome.NOBODY]
+        assert slow.sink.closed == (4008, "too slow")
+
+    def test_room_in_messages_is_looked_at_as_well(self) -> None:
+        world = World(bounds=Bounds(max_bytes=1 << 20, max_messages=2, total_bytes=1 << 30))
+        slow, stranger = subscriber(world, "u1", "orders"), subscriber(world, "u2", "other")
+        world.flush()
+        for each in (slow, stranger):
+            each.connection.outbox.pause()
+        stranger.connection.outbox.put(b"one")
+        stranger.connection.outbox.put(b"two")
+        outcomes = [world.send(ORDERS).outcome for _ in range(3)]
+        assert outcomes == [Outcome.DELIVERED] * 2 + [Outcome.NOBODY]
+        assert stranger.sink.closed is None
+
+
+class TestTheSameIdAgain:
+    @pytest.mark.parametrize("target", ["u1", users("u1"), users("u1", "u2")])
+    @pytest.mark.parametrize("devices", [1, 2])
+    def test_never_comes_twice_on_one_connection(self, target: Target | str, devices: int) -> None:
+        world = World()
+        clients = [world.connect() for _ in range(devices)]
+        first = a_notification()
+        world.send("u1", first)
+        late = world.connect()
+        late.lose()
+        receipt = world.send(target, first)
+        assert receipt.delivered_to == devices
+        assert [len(each.read_notifications()) for each in clients] == [1] * devices
+
+    def test_reaches_a_device_that_has_not_got_it(self) -> None:
+        world = World()
+        one, other = world.connect(), world.connect()
+        first = a_notification()
+        world.dispatcher.dispatch(
+            "default",
+            Target("user", ("u1",)),
+            first,
+            exclude_connection=other.connection.id,
+            source="test",
+        )
+        assert world.send("u1", first).delivered_to == 2
+        assert [len(each.read_notifications()) for each in (one, other)] == [1, 1]
 
 
 class TestLimits:
