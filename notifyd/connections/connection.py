@@ -141,7 +141,8 @@ class Connection:
     Unix seconds. `acks`: the client acknowledges by itself, so that a sign of life confirms
     nothing. `unconfirmed` maps notification ids to what is held, in order of delivery; `asked` is
     the counter of the Ping that is out and the ids that its Pong will confirm. `left_to_log` has
-    the latest ids of what came here, is not confirmed, and is held by the user's log alone.
+    the latest ids of what came here, is not confirmed, and is held by the user's log alone, with
+    the Unix seconds of their delivery.
     `replays` counts the replays that took more than one turn of the event loop, from their
     beginning. `ack_credit` counts what was held and is settled, and may be acked all the same;
     `budget` is what the client may still say, once that was asked.
@@ -197,7 +198,7 @@ class Connection:
         self.ack_credit = 0
         self.budget: MessageBudget | None = None
         self.replays = 0
-        self.left_to_log: dict[str, None] | None = None
+        self.left_to_log: dict[str, float] | None = None
 
     def offer(self, message: Message) -> bool:
         """Put a message into the outbox, behind a replay; False where it cannot be taken."""
@@ -215,12 +216,13 @@ class Connection:
             self.unconfirmed = {}
         self.unconfirmed[held.notification.id] = held
 
-    def leave_to_log(self, notification_id: str) -> None:
-        """Remember of what is held no longer that it was sent here and is in the user's log."""
+    def leave_to_log(self, notification_id: str, since: float) -> None:
+        """Remember of what is held no longer that it was sent here at `since` (Unix seconds) and is
+        in the user's log."""
         left = self.left_to_log
         if left is None:
             left = self.left_to_log = {}
-        left[notification_id] = None
+        left[notification_id] = since
         if len(left) > MAX_LEFT_TO_LOG:
             del left[next(iter(left))]
 

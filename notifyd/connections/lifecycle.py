@@ -6,7 +6,7 @@ sink behind the outbox.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -301,6 +301,7 @@ class Lifecycle:
                 subscriptions=granted,
             )
         )
+        self._tell_without_room(connection, identity.subscribe, granted)
         self._replayer.start(connection, known)
         if channels:
             self._subscribe_asked(connection, channels)
@@ -523,13 +524,11 @@ class Lifecycle:
             name for name in connection.subscriptions if self._lost_grant(name, before, identity)
         ]
         self._unsubscribe_asked(connection, lost, tell_none=False)
-        gained = [
-            name
-            for name in identity.subscribe
-            if name not in before.subscribe and self._subscribe(connection, name)
-        ]
+        new = [name for name in identity.subscribe if name not in before.subscribe]
+        gained = [name for name in new if self._subscribe(connection, name)]
         if gained:
             connection.offer(wire.names_message("subscribed", gained))
+        self._tell_without_room(connection, new, gained)
 
     def _lost_grant(self, channel: str, before: Identity, now: Identity) -> bool:
         """Whether a subscription rested on the old token and the new one does not carry it.
@@ -569,10 +568,26 @@ class Lifecycle:
             elif self._subscribe(connection, channel):
                 granted[channel] = None
             else:
-                most = self._most_subscriptions(connection.identity)
-                refused[channel] = f"a connection may have at most {most} subscriptions"
+                refused[channel] = self._no_room(connection)
         if granted or not refused:
             connection.offer(wire.names_message("subscribed", granted))
+        self._tell_refused(connection, refused)
+
+    def _no_room(self, connection: Connection) -> str:
+        most = self._most_subscriptions(connection.identity)
+        return f"a connection may have at most {most} subscriptions"
+
+    def _tell_without_room(
+        self, connection: Connection, claimed: Sequence[str], granted: Sequence[str]
+    ) -> None:
+        """Say which channels of a token's `subscribe` claim were too many."""
+        if len(granted) < len(claimed):
+            reason = self._no_room(connection)
+            self._tell_refused(
+                connection, {name: reason for name in claimed if name not in granted}
+            )
+
+    def _tell_refused(self, connection: Connection, refused: Mapping[str, str]) -> None:
         if refused:
             told = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:50])
             self._refuse(connection, SubscriptionError(f"Not subscribed: {told}."))

@@ -291,7 +291,7 @@ class Confirmations:
     def _leave_to_log(self, held: Held) -> None:
         """Hold it no more, though it is not confirmed: its connections have got it all the same."""
         for connection in held.connections:
-            connection.leave_to_log(held.notification.id)
+            connection.leave_to_log(held.notification.id, held.since)
         self._let_go(held)
 
     # --- what other nodes hold of the same ---
@@ -365,17 +365,27 @@ class Confirmations:
             return
         identity = connection.identity
         returned: list[Notification] = []
+        last = 0.0
         for held in unconfirmed.values():
             if isinstance(held, HeldTogether):
                 held.leave()
                 self.held -= 1
-                returned.append(held.notification)
-                continue
-            held.connections = tuple(each for each in held.connections if each is not connection)
-            if not held.connections:
+            else:
+                held.connections = tuple(
+                    each for each in held.connections if each is not connection
+                )
+                if held.connections:
+                    continue
                 self._let_go(held)
-                if not held.stored:
-                    returned.append(held.notification)
+                if held.stored:
+                    continue
+            returned.append(held.notification)
+            last = held.since
+        if returned:
+            for held in self.held_by_others(connection):
+                # It goes to the log first, or who connects later would get it behind these.
+                if held.since < last:
+                    self._move_to_log(held)
         self._forget_settled()
         self._writes.give_back(identity.tenant, identity.user_id, returned)
 
@@ -648,8 +658,9 @@ class Confirmations:
         ping = ping_frame(counter.to_bytes(4, "big"))
         for connection in connections:
             unconfirmed, outbox = connection.unconfirmed, connection.outbox
+            left = connection.left_to_log
             if (
-                unconfirmed is None
+                (unconfirmed is None and left is None)
                 or connection.acks
                 or connection.asked is not None
                 or connection.state is not State.OPEN
@@ -660,7 +671,7 @@ class Confirmations:
                 # What is held behind a replay is not written yet, and no Pong may confirm it.
                 self._to_ask[connection] = None
                 continue
-            connection.asked = (counter, tuple(unconfirmed))
+            connection.asked = (counter, (*(left or ()), *(unconfirmed or ())))
             outbox.put(ping)
 
     def pong(self, connection: Connection, payload: bytes) -> None:
@@ -671,19 +682,23 @@ class Confirmations:
         connection.asked = None
         if not connection.acks:
             self._confirm(connection, asked[1])
-            if connection.unconfirmed is not None:
+            if connection.unconfirmed is not None or connection.left_to_log is not None:
                 self._to_ask[connection] = None
 
     def confirm_outlived(self, connection: Connection, now: float) -> None:
         """An SSE stream lived on: what was written `idle_timeout` ago counts as received."""
         outbox = connection.outbox
-        if connection.unconfirmed is None or connection.acks or outbox.paused or outbox.holds_back:
+        unconfirmed, left = connection.unconfirmed, connection.left_to_log
+        if unconfirmed is None and left is None:
+            return
+        if connection.acks or outbox.paused or outbox.holds_back:
             return
         before = now - self._idle_timeout
         if connection.opened_at > before:
             # What it shares with older connections was delivered to them long before it was to it.
             return
-        outlived = [id for id, held in connection.unconfirmed.items() if held.since <= before]
+        outlived = [id for id, since in (left or {}).items() if since <= before]
+        outlived += [id for id, held in (unconfirmed or {}).items() if held.since <= before]
         if outlived:
             self._confirm(connection, tuple(outlived))
 

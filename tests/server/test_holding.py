@@ -310,6 +310,51 @@ async def test_beyond_max_pending_the_oldest_held_move_to_the_queue(start: Start
     await replayed_to(await host.websocket("ada"), ids)
 
 
+async def test_what_moved_to_the_queue_is_confirmed_by_a_pong_too(start_on: StartServer) -> None:
+    host = await start_on("sockets", ack={"max_pending": 1})
+    websocket = await host.raw_websocket("ada")
+    await publish_many(host, "ada", 4)
+    await becomes(lambda: queued(host), 3)
+    opcode = 0
+    while opcode != 9:
+        opcode, payload = await websocket.receive_frame()
+    websocket.send_frame(10, payload)
+    await becomes(lambda: queued(host), 0)
+    assert host.notifyd._confirmations.held == 0
+
+
+async def test_what_moved_to_the_queue_is_confirmed_by_the_life_of_a_stream(
+    start: StartServer,
+) -> None:
+    host = await start(
+        ack={"max_pending": 1}, websocket={"heartbeat_interval": 0.05, "idle_timeout": 60}
+    )
+    stream = await host.sse("ada")
+    await publish_many(host, "ada", 4)
+    await stream.notifications(4)
+    await becomes(lambda: queued(host), 3)
+    host.clock.advance(61)
+    await becomes(lambda: queued(host), 0)
+
+
+async def test_what_comes_back_is_in_order_with_what_another_device_holds(host: Host) -> None:
+    first = await host.websocket("ada", query="acks=1")
+    second = await host.raw_websocket("ada", query="acks=1")
+    earlier = await host.publish(user("ada"))
+    assert (await first.expect("notification"))["id"] == earlier["notification_id"]
+    host.clock.advance(1)
+    later = await host.publish(user("ada"), exclude_connection=first.connected["connection_id"])
+    assert (earlier["delivered_to"], later["delivered_to"]) == (2, 1)
+    ids = [earlier["notification_id"], later["notification_id"]]
+    second.vanish()
+    # What the first one holds already does not come to it again.
+    assert (await first.expect("notification"))["id"] == ids[1]
+    await first.nothing_came()
+    await first.close()
+    await vanished(host)
+    await replayed_to(await host.websocket("ada", query="acks=1"), ids)
+
+
 async def test_what_is_queued_stays_until_it_is_confirmed(host: Host) -> None:
     ids = await publish_many(host, "ada", 2)
     for _ in range(2):

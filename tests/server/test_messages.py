@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from tests.conftest import StartServer
-from tests.front_door import WAIT, Host, Transport, channel, token, until, user
+from tests.front_door import WAIT, Host, Listener, Transport, channel, token, until, user
 
 RULES = {
     "rules": {
@@ -66,6 +66,30 @@ async def test_a_connection_has_so_many_subscriptions_at_most(start: StartServer
     await websocket.send("Unsubscribe", {"channels": ["a"]})
     await websocket.expect("unsubscribed")
     await websocket.subscribe("c")
+
+
+async def test_what_a_claim_subscribes_beyond_the_limit_is_named(
+    start: StartServer, transport: Transport
+) -> None:
+    host = await start(websocket={"max_subscriptions_per_connection": 2})
+    jwt = token("ada", subscribe=["a", "b", "c"])
+    if transport == "websocket":
+        listener: Listener = await host.websocket(jwt=jwt)
+    else:
+        listener = await host.sse(jwt=jwt)
+    assert listener.connected["session"]["subscriptions"] == ["a", "b"]
+    error = await listener.expect("error")
+    assert error["code"] == "SUBSCRIPTION_ERROR"
+    assert "c: a connection may have at most 2 subscriptions" in error["message"]
+
+
+async def test_what_a_new_token_subscribes_beyond_the_limit_is_named(start: StartServer) -> None:
+    host = await start(websocket={"max_subscriptions_per_connection": 2})
+    websocket = await host.websocket(jwt=token("ada", subscribe=["a"]))
+    await websocket.send("Auth", {"token": token("ada", subscribe=["a", "b", "c"])})
+    await websocket.expect("refreshed")
+    assert (await websocket.expect("subscribed"))["payload"] == ["b"]
+    assert "c: " in (await websocket.expect("error"))["message"]
 
 
 async def test_backends_subscribe_users_without_a_rule(start: StartServer) -> None:
