@@ -29,6 +29,9 @@ UNIDENTIFIED = Identity(user_id="")
 MAX_LEFT_TO_LOG = 1000
 """So many ids are remembered of what a connection got and the server holds no longer."""
 
+MAX_LEFT_OUT = 1000
+"""So many ids are remembered of what a connection is not to get, its own sender's."""
+
 
 class State(enum.Enum):
     """Where a connection stands."""
@@ -142,7 +145,8 @@ class Connection:
     nothing. `unconfirmed` maps notification ids to what is held, in order of delivery; `asked` is
     the counter of the Ping that is out and the ids that its Pong will confirm. `left_to_log` has
     the latest ids of what came here, is not confirmed, and is held by the user's log alone, with
-    the Unix seconds of their delivery.
+    the Unix seconds of their delivery. `left_out` has the latest ids that `exclude_connection` kept
+    from this one, whatever becomes of them.
     `replays` counts the replays that took more than one turn of the event loop, from their
     beginning. `ack_credit` counts what was held and is settled, and may be acked all the same;
     `budget` is what the client may still say, once that was asked.
@@ -158,6 +162,7 @@ class Connection:
         "id",
         "identity",
         "last_heard",
+        "left_out",
         "left_to_log",
         "opened_at",
         "outbox",
@@ -199,6 +204,7 @@ class Connection:
         self.budget: MessageBudget | None = None
         self.replays = 0
         self.left_to_log: dict[str, float] | None = None
+        self.left_out: dict[str, None] | None = None
 
     def offer(self, message: Message) -> bool:
         """Put a message into the outbox, behind a replay; False where it cannot be taken."""
@@ -224,6 +230,15 @@ class Connection:
             left = self.left_to_log = {}
         left[notification_id] = since
         if len(left) > MAX_LEFT_TO_LOG:
+            del left[next(iter(left))]
+
+    def leave_out(self, notification_id: str) -> None:
+        """Never take this one, also where it comes back from another connection or the log."""
+        left = self.left_out
+        if left is None:
+            left = self.left_out = {}
+        left[notification_id] = None
+        if len(left) > MAX_LEFT_OUT:
             del left[next(iter(left))]
 
     def take_left_to_log(self, ids: Iterable[str]) -> list[str]:

@@ -377,9 +377,12 @@ class Replayer:
         return len(wanted)
 
     def _wanted(self, connection: Connection, notification: Notification) -> bool:
-        """Not what it has already, nor what its audience keeps from it."""
+        """Not what it has already, nor what its audience or its sender keeps from it."""
         known = connection.unconfirmed
         if known is not None and notification.id in known:
+            return False
+        left_out = connection.left_out
+        if left_out is not None and notification.id in left_out:
             return False
         left = connection.left_to_log
         if left is not None and notification.id in left:

@@ -352,7 +352,7 @@ class Dispatcher:
         """Offer to a user's connections and hold; NOBODY where none is left that could take it."""
         connections = tenant.users[user_id]
         if exclude is not None or notification.audience.type != "All":
-            connections = tuple(admitted(connections, notification.audience, exclude))
+            connections = tuple(_admitted(connections, notification, exclude))
             if not connections:
                 return Outcome.FILTERED, 0
         taken_by = self._offer(notification, message, connections, shared=shared)
@@ -573,7 +573,7 @@ class Dispatcher:
         uncertain: set[str] = set()
         for user_id in user_ids:
             found = tenant.of_user(user_id)
-            connections = admitted(found, notification.audience, exclude)
+            connections = _admitted(found, notification, exclude)
             awaits = may_await(notification.audience, user_id)
             if found and not connections and awaits and self._cluster is not None:
                 uncertain.add(user_id)
@@ -854,7 +854,7 @@ class Dispatcher:
         exclude: str | None,
         shared: bool,
     ) -> tuple[Outcome, int]:
-        connections = admitted(tenant.users[user_id], notification.audience, exclude)
+        connections = _admitted(tenant.users[user_id], notification, exclude)
         if not connections:
             return Outcome.FILTERED, 0
         if self._confirmations.was_confirmed(tenant.name, user_id, notification.id):
@@ -883,6 +883,18 @@ _TOLD: dict[Outcome, UserOutcome] = {
     Outcome.QUEUED: "queued",
     Outcome.NOBODY: "nobody",
 }
+
+
+def _admitted(
+    connections: Sequence[Connection], notification: Notification, exclude: str | None
+) -> Sequence[Connection]:
+    """A user's connections that may receive. What one of them is left out of may still come back
+    from another one that dies, or from the log."""
+    if exclude is not None:
+        for connection in connections:
+            if connection.id == exclude:
+                connection.leave_out(notification.id)
+    return admitted(connections, notification.audience, exclude)
 
 
 def _itself(receipt: Receipt) -> Receipt:

@@ -3,9 +3,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 
-from notifyd.connections.connection import State
+from notifyd.connections.connection import MAX_LEFT_OUT, State
 from notifyd.connections.outbox import Bounds
 from notifyd.notification import Audience, Notification, Target
 from notifyd.queue.base import Page, entry_bytes
@@ -229,10 +230,34 @@ class TestAgain:
 
     @staticmethod
     def returned(world: World, dying: Connected, staying: Connected) -> Notification:
-        """Something that only `dying` has."""
-        notification = a_notification()
-        world.send("u1", notification, exclude_connection=staying.id)
+        """Something that only `dying` has: `staying` was not admitted then, and is now."""
+        notification = a_notification(audience=Audience("Roles", frozenset({"admin"})))
+        with_role = msgspec.structs.replace(dying.connection.identity, roles=("admin",))
+        dying.connection.identity = with_role
+        world.send("u1", notification)
+        staying.connection.identity = with_role
         return notification
+
+    async def test_does_not_go_to_who_was_left_out(self) -> None:
+        world = World()
+        dying, sender = world.connect(), world.connect()
+        sender.read()
+        notification = a_notification()
+        world.send("u1", notification, exclude_connection=sender.id)
+        dying.lose()
+        await world.tasks_done()
+        assert sender.read() == []
+        assert world.connect().read_notifications() == [notification.id]
+
+    def test_of_what_one_was_left_out_of_the_latest_are_known(self) -> None:
+        world = World()
+        world.connect()
+        sender = world.connect()
+        ids = [
+            world.send("u1", exclude_connection=sender.id).notification_id
+            for _ in range(MAX_LEFT_OUT + 10)
+        ]
+        assert list(sender.connection.left_out or ()) == ids[10:]
 
     async def test_is_replayed_to_him_marked_and_without_caught_up(self) -> None:
         world = World()
