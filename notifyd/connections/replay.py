@@ -25,6 +25,13 @@ from notifyd.queue.base import AckLedger, Overflow, Page, UserLogs, entry_bytes
 STORE_SECONDS = 1.0
 """A connecting user waits no longer for the store; what is live comes to him without it."""
 
+PATIENT_SECONDS = 10.0
+"""Where nothing live waits behind it, a page may take so long."""
+
+SLOW_SECONDS = 0.25
+"""A store that takes so long for a page is slow: who waits for his turn to read waits no longer
+than for the store itself. Else the turn comes, and the wait is this server's own."""
+
 READERS = 8
 """So many pages are asked for and written at a time: a thousand users who return at once must not
 keep the event loop for longer than these take."""
@@ -38,6 +45,7 @@ class _Readers:
     def __init__(self) -> None:
         self._free = READERS
         self._waiting: deque[asyncio.Future[bool]] = deque()
+        self._slow = False
 
     def enter_at_once(self) -> bool:
         """Whether one may read now; `leave` must follow then."""
@@ -46,23 +54,32 @@ class _Readers:
         self._free -= 1
         return True
 
-    async def enter(self) -> bool:
+    async def enter(self, *, patient: bool) -> bool:
         """Wait until one may read, and `leave` must follow; False where the store stopped to answer
-        those before. Cancelled, one is out."""
+        those before, or, for one who is not patient, where it is too slow. Cancelled, one is out.
+        """
         if self.enter_at_once():
             return True
         turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
+            while not (patient or turn.done()):
+                await asyncio.wait({turn}, timeout=STORE_SECONDS)
+                if self._slow and not turn.done():
+                    turn.cancel()
+                    return False
             return await turn
         except asyncio.CancelledError:
-            if not turn.cancelled() and turn.result():
+            if turn.done() and not turn.cancelled() and turn.result():
                 # The turn came, and the cancellation before this task ran again.
                 self.leave(answered=True)
+            turn.cancel()
             raise
 
-    def leave(self, *, answered: bool) -> None:
-        """Let the next one read; nobody, where the store did not answer."""
+    def leave(self, *, answered: bool, seconds: float = 0.0) -> None:
+        """Let the next one read; nobody, where the store did not answer. `seconds`: what the store
+        took for it."""
+        self._slow = seconds > SLOW_SECONDS
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
@@ -179,8 +196,11 @@ class Replayer:
         self._confirmations.replay_ends(connection)
         del self._again[connection]
 
-    def _read(self, connection: Connection, after: int) -> Eventually[Page]:
-        """A page of the log; cancelling what is awaited gives the read up."""
+    def _read(
+        self, connection: Connection, after: int, *, patient: bool = False
+    ) -> Eventually[Page]:
+        """A page of the log, within STORE_SECONDS or, `patient`, PATIENT_SECONDS; cancelling what
+        is awaited gives the read up."""
         if self._logs is None:
             return Page(())
         identity = connection.identity
@@ -191,7 +211,9 @@ class Replayer:
             ),
             lambda error: _UNAVAILABLE,
         )
-        return _within(STORE_SECONDS, page) if is_awaitable(page) else page
+        if not is_awaitable(page):
+            return page
+        return _within(PATIENT_SECONDS if patient else STORE_SECONDS, page)
 
     async def _replay_known(self, connection: Connection, known: Awaitable[None]) -> None:
         try:
@@ -246,8 +268,15 @@ class Replayer:
             # Also after a fault of ours: what is live must not wait for ever.
             self._let_go(connection)
             self._end(connection)
+        self._ask_patiently(connection)
+
+    def _ask_patiently(self, connection: Connection) -> None:
+        """The store that was done without may only be slow, and nothing live waits for it now."""
+        if connection in self._without_store:
+            self.again(connection)
 
     async def _replay_again(self, connection: Connection) -> None:
+        was_patient = not connection.outbox.holds_back
         try:
             await self._send_what_came_meanwhile(connection)
         except Exception:
@@ -256,6 +285,8 @@ class Replayer:
         finally:
             self._let_go(connection)
             self._end(connection)
+        if not was_patient:
+            self._ask_patiently(connection)
 
     async def _send_what_came_meanwhile(self, connection: Connection) -> None:
         """Read the log until nothing came to it since it was read last. For a user who is sent more
@@ -270,7 +301,8 @@ class Replayer:
 
     async def _send_pages(self, connection: Connection, first: Eventually[Page] | None) -> int:
         """Send a page and all that follow it, from the beginning where there is none yet; how many
-        notifications were sent. `first` has its reader where it must be awaited."""
+        notifications were sent. `first` has its reader where it must be awaited. While something
+        live waits behind it, a store that is too slow is done without."""
         replayed = 0
         cursor: int | None = 0
         if first is None:
@@ -284,8 +316,9 @@ class Replayer:
                 await connection.outbox.drained()
             if connection.state is not State.OPEN:
                 break
-            if await self._readers.enter():
-                page = self._read(connection, cursor)
+            patient = not connection.outbox.holds_back
+            if await self._readers.enter(patient=patient):
+                page = self._read(connection, cursor, patient=patient)
                 cursor, sent = await self._read_and_send(connection, page)
                 replayed += sent
             else:
@@ -298,12 +331,16 @@ class Replayer:
     ) -> tuple[int | None, int]:
         """Where the next page starts, and how many notifications this one brought."""
         page = _UNAVAILABLE
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        seconds = 0.0
         try:
             page = await settled(awaited)
+            seconds = loop.time() - began
             # While it is this one's turn, so that few pages are written in one of the loop.
             sent = self._send_page(connection, page)
         finally:
-            self._readers.leave(answered=page is not _UNAVAILABLE)
+            self._readers.leave(answered=page is not _UNAVAILABLE, seconds=seconds)
         return page.cursor, sent
 
     def _send_page(self, connection: Connection, page: Page) -> int:

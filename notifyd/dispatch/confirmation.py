@@ -11,7 +11,7 @@ by `idle_timeout` (SSE).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from itertools import count, islice
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ from notifyd.connections.connection import Connection, Held, HeldTogether, State
 from notifyd.connections.registry import Registry
 from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.errors import Unavailable
-from notifyd.eventually import Eventually, chain, rescue, then
+from notifyd.eventually import Eventually, chain, is_awaitable, rescue, then
 from notifyd.eventually import settled as settled_value
 from notifyd.identity import Identity
 from notifyd.notification import Notification
@@ -396,6 +396,10 @@ class Confirmations:
         again.
         """
         connections = self._registry.tenant(tenant).of_user(user_id)
+        had = {
+            id: [each for each in connections if each.unconfirmed and id in each.unconfirmed]
+            for id in ids
+        }
         held = {id: self._settle_here(connections, id) for id in ids}
         elsewhere = self._settle_elsewhere(tenant, user_id, held)
         # What goes back to the log just now would be in it again after it was settled.
@@ -404,7 +408,7 @@ class Confirmations:
         self._note_settled(connections, in_log)
         settled: Eventually[frozenset[str]] = frozenset()
         if in_log:
-            settled = self._writes.settle_acked(tenant, user_id, in_log)
+            settled = self._settle_acked(tenant, user_id, {id: had[id] for id in in_log})
 
         def answer(found: frozenset[str]) -> AckAnswer:
             acked = [id for id in held if id in found]
@@ -437,6 +441,35 @@ class Confirmations:
             return then(known, found.union)
 
         return chain(then(settled, after_settling), answer)
+
+    def _settle_acked(
+        self, tenant: str, user_id: str, had: Mapping[str, Sequence[Connection]]
+    ) -> Eventually[frozenset[str]]:
+        """Settle these ids in the log; `had`: which connections held each until now.
+
+        Where that fails, the log still has them, and those connections are not to get them again.
+        """
+
+        def note_failure() -> None:
+            now = self._clock()
+            for id, connections in had.items():
+                for connection in connections:
+                    if connection.state is State.OPEN:
+                        connection.leave_to_log(id, now)
+
+        async def settled(pending: Awaitable[frozenset[str]]) -> frozenset[str]:
+            try:
+                return await pending
+            except Unavailable:
+                note_failure()
+                raise
+
+        try:
+            answer = self._writes.settle_acked(tenant, user_id, list(had))
+        except Unavailable:
+            note_failure()
+            raise
+        return settled(answer) if is_awaitable(answer) else answer
 
     def _settle_elsewhere(
         self, tenant: str, user_id: str, held: dict[str, Held | HeldTogether | None]

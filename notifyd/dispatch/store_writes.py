@@ -20,6 +20,13 @@ from notifyd.queue.base import AckLedger, Rejection, UserLogs
 
 UserKey = tuple[str, str]
 
+MAX_ON_THEIR_WAY = 5_000
+"""So many notifications are on their way to a log at a time: of more at once, the last would be
+late for no fault of the store's."""
+
+RETRY_SECONDS = 0.1
+"""At the end of the server, a store that is away is asked so often."""
+
 
 class OnReturned(Protocol):
     """Told when something is in the log of a user who may be connected. `before_live`: he gets what
@@ -59,11 +66,17 @@ class StoreWrites:
         self._on_lost = on_lost
         self._on_unavailable = on_unavailable
         self.on_returned: OnReturned = _nobody_told
-        # What the store refused or did not answer for, and what is on its way there.
+        # What the store refused or did not answer for, or what waits for its turn, and what is on
+        # its way there. Of one user, nothing sets out while something is on its way: where that
+        # fails, what is behind it must not come before it.
         self._homeless: dict[UserKey, dict[str, Notification]] = {}
         self._storing: dict[UserKey, dict[str, Notification]] = {}
+        self._on_their_way = 0
+        self._in_line: dict[UserKey, None] = {}
+        self._failures = 0
         self._unsettled: dict[UserKey, dict[str, None]] = {}
         self._settling: dict[UserKey, Counter[str]] = {}
+        self._unsettled_ids = 0
         self._waiting = 0
         self._under_way: set[asyncio.Future[None]] = set()
 
@@ -87,11 +100,16 @@ class StoreWrites:
                 self._on_lost(notification)
             else:
                 kept.append(notification)
-        if self._logs is not None and kept:
-            # Behind what waits already, or it would come before it.
-            waiting = self.take_homeless(tenant, user_id)
-            replay = replay or bool(waiting)
-            self._store(self._logs, (tenant, user_id), [*waiting, *kept], replay=replay)
+        if self._logs is None or not kept:
+            return
+        key = (tenant, user_id)
+        if key in self._storing or self._on_their_way >= MAX_ON_THEIR_WAY:
+            self._keep_homeless(key, kept)
+            self._in_line[key] = None
+            return
+        # Behind what waits already, or it would come before it.
+        waiting = self.take_homeless(tenant, user_id)
+        self._store(self._logs, key, [*waiting, *kept], replay=replay or bool(waiting))
 
     def _is_over(self, notification: Notification) -> bool:
         expires_at = notification.expires_at
@@ -106,6 +124,7 @@ class StoreWrites:
             try:
                 answers.append(logs.enqueue(tenant, (user_id,), notification))
             except Unavailable:
+                self._failures += 1
                 break
         self._keep_homeless(key, notifications[len(answers) :])
         returned = False
@@ -118,8 +137,8 @@ class StoreWrites:
         if returned and replay:
             self.on_returned(tenant, user_id)
         if later:
-            storing = self._storing.setdefault(key, {})
-            storing.update({notification.id: notification for notification, _ in later})
+            self._storing[key] = {notification.id: notification for notification, _ in later}
+            self._on_their_way += len(later)
             self._watch(self._store_later(key, later, replay=replay))
 
     async def _store_later(
@@ -130,26 +149,49 @@ class StoreWrites:
         replay: bool,
     ) -> None:
         returned = False
-        for notification, answer in answers:
-            try:
-                rejections = await answer
-            except Unavailable:
-                # It may have been stored all the same; storing it twice is storing it once.
-                if self._arrived(key, notification):
-                    self._keep_homeless(key, [notification])
-            else:
-                self._arrived(key, notification)
-                returned |= self._stored(key, notification, rejections[0])
+        failed: list[Notification] = []
+        storing = self._storing[key]
+        try:
+            for notification, answer in answers:
+                try:
+                    rejections = await answer
+                except Unavailable:
+                    # It may have been stored all the same; storing it twice is storing it once.
+                    if storing.pop(notification.id, None) is not None:
+                        failed.append(notification)
+                    self._failures += 1
+                else:
+                    storing.pop(notification.id, None)
+                    returned |= self._stored(key, notification, rejections[0])
+        finally:
+            del self._storing[key]
+            self._on_their_way -= len(answers)
         if returned and replay:
             self.on_returned(*key)
+        if failed:
+            # Before what came behind it meanwhile.
+            self._keep_homeless(key, [*failed, *self.take_homeless(*key)])
+        self._let_the_next_go()
 
-    def _arrived(self, key: UserKey, notification: Notification) -> bool:
-        """It is on its way no more; False where it was confirmed meanwhile."""
-        storing = self._storing.get(key, {})
-        found = storing.pop(notification.id, None) is not None
-        if not storing:
-            self._storing.pop(key, None)
-        return found
+    def _let_the_next_go(self) -> None:
+        """Store what waited for its turn, until that fails; then `retry` does."""
+        failures = self._failures
+        later = []
+        while self._in_line and self._on_their_way < MAX_ON_THEIR_WAY:
+            key = next(iter(self._in_line))
+            del self._in_line[key]
+            if key in self._storing:
+                later.append(key)
+            else:
+                self._store_waiting(key)
+            if self._failures != failures:
+                break
+        self._in_line.update(dict.fromkeys(later))
+
+    def _store_waiting(self, key: UserKey) -> None:
+        notifications = self.take_homeless(*key)
+        if self._logs is not None and notifications:
+            self._store(self._logs, key, notifications, replay=True)
 
     def _stored(
         self, key: UserKey, notification: Notification, rejection: Rejection | None
@@ -263,10 +305,18 @@ class StoreWrites:
             self._keep_unsettled(key, ids)
 
     def _keep_unsettled(self, key: UserKey, ids: Sequence[str]) -> None:
-        self._unsettled.setdefault(key, {}).update(dict.fromkeys(ids))
+        self._failures += 1
+        unsettled = self._unsettled.setdefault(key, {})
+        before = len(unsettled)
+        unsettled.update(dict.fromkeys(ids))
+        self._unsettled_ids += len(unsettled) - before
         # Settling is a courtesy to the next device; at the bound, it may get a thing twice.
-        while len(self._unsettled) > self._max_waiting:
-            del self._unsettled[next(iter(self._unsettled))]
+        while self._unsettled_ids > self._max_waiting:
+            oldest, known = next(iter(self._unsettled.items()))
+            del known[next(iter(known))]
+            self._unsettled_ids -= 1
+            if not known:
+                del self._unsettled[oldest]
 
     def is_unsettled(self, tenant: str, user_id: str, id: str) -> bool:
         """Whether this is confirmed already, and only the store does not know it yet."""
@@ -302,21 +352,26 @@ class StoreWrites:
     # --- trying again ---
 
     async def retry(self) -> None:
-        """Try again what waits, one user after the other, until the store fails once more."""
-        for key in list(self._homeless):
-            notifications = self.take_homeless(*key)
-            if self._logs is not None and notifications:
-                self._store(self._logs, key, notifications, replay=True)
+        """Try again what waits, until the store fails once more: first that of one user, to see
+        whether it does."""
+        failures = self._failures
+        for number, key in enumerate(list(self._homeless)):
+            if key not in self._storing:
+                self._store_waiting(key)
+            if not number or self._on_their_way >= MAX_ON_THEIR_WAY:
                 await self._flushed()
-            if key in self._homeless:
+            if self._failures != failures:
                 return
-        for key in list(self._unsettled):
-            ids = self._unsettled.pop(key, None)
+        for number, key in enumerate(list(self._unsettled)):
+            ids = self._unsettled.pop(key, {})
+            self._unsettled_ids -= len(ids)
             if ids:
                 self.settle(*key, list(ids))
+            if number % MAX_ON_THEIR_WAY == 0:
                 await self._flushed()
-            if key in self._unsettled:
+            if self._failures != failures:
                 return
+        await self._flushed()
 
     def _watch(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(coroutine)
@@ -329,13 +384,17 @@ class StoreWrites:
             await asyncio.wait(set(self._under_way))
 
     async def finish(self, seconds: float) -> int:
-        """At the end of the server: wait for what is under way, try once more what waits; returns
-        how many notifications no store has.
+        """At the end of the server: store what is under way and what waits, trying for so long;
+        returns how many notifications no store has.
         """
         try:
             async with asyncio.timeout(seconds):
-                await self._flushed()
-                await self.retry()
+                while True:
+                    await self._flushed()
+                    await self.retry()
+                    if not self._homeless and not self._storing:
+                        break
+                    await asyncio.sleep(RETRY_SECONDS)
         except TimeoutError:
             pass  # What is left is counted and told below.
         return self._waiting + sum(map(len, self._storing.values()))

@@ -457,6 +457,26 @@ async def test_a_store_that_hangs_does_not_hold_up_the_end(
 
 
 @pytest.mark.parametrize("store", ["redis", "postgres"])
+async def test_a_store_that_comes_back_before_the_end_gets_what_was_held(
+    faulty: FaultyStore, start_on: StartServer
+) -> None:
+    host = await start_on("sockets", **faulty.given())
+    ann = await settled_in(host, "ann", "acks=1")
+    sent = await host.publish(user("ann"), payload="second")
+    await ann.notifications(1)
+    writes = host.notifyd._writes
+    with capture_logs() as log:
+        async with FAULTS["refused"](faulty):
+            stopping = asyncio.ensure_future(host.shut_down())
+            await until(lambda: writes._failures > 1 and not writes._under_way, "the store's loss")
+        await stopping
+    assert [each for each in log if "lost" in each] == []
+    other = await start_on("sockets", **faulty.given())
+    again = await other.websocket("ann", query="acks=1")
+    assert (await again.notifications(2))[-1]["id"] == sent["notification_id"]
+
+
+@pytest.mark.parametrize("store", ["redis", "postgres"])
 async def test_a_repeated_call_delivers_once_though_the_store_is_down(
     faulty: FaultyStore, start_on: StartServer
 ) -> None:

@@ -24,6 +24,7 @@ class Store:
     def __init__(self, behind: Any) -> None:
         self.behind = behind
         self.state = "up"
+        self.delay = 0.0
         self.go_on = asyncio.Event()
         self.calls: list[str] = []
 
@@ -41,6 +42,8 @@ class Store:
         state = self.state
         if state == "hanging":
             await self.go_on.wait()
+        if self.delay:
+            await asyncio.sleep(self.delay)
         if state == "failing":
             raise Unavailable("The store does not answer.", retry_after=3)
         return await settled(work(*args, **options))
@@ -91,6 +94,30 @@ def users(*names: str) -> Target:
 
 
 FAILING = pytest.mark.parametrize("how", ["down", "failing"])
+
+
+class TestAcks:
+    @pytest.mark.parametrize("how", ["down", "failing"])
+    async def test_what_could_not_be_settled_does_not_come_again_on_the_same_connection(
+        self, how: str
+    ) -> None:
+        world = Away()
+        id = (await world.sent("u1")).notification_id
+        client = world.connect(acks=True)
+        await world.tasks_done()
+        assert client.read_notifications() == [id]
+        world.store.state = how
+        client.say("Ack", notification_id=id)
+        await world.tasks_done()
+        assert [each["code"] for each in client.read()] == ["UNAVAILABLE"]
+        world.store.state = "up"
+        world.replayer.again(client.connection)
+        await world.tasks_done()
+        assert client.read_notifications() == []
+        client.say("Ack", notification_id=id)
+        await world.tasks_done()
+        assert [each["type"] for each in client.read()] == ["acked"]
+        assert world.pending() == []
 
 
 class TestOffline:
@@ -348,6 +375,7 @@ class TestReplaying:
     ) -> None:
         assert replay.STORE_SECONDS == 1
         monkeypatch.setattr(replay, "STORE_SECONDS", 0.01)
+        monkeypatch.setattr(replay, "PATIENT_SECONDS", 0.01)
         world = Away()
         id = (await world.sent("u1")).notification_id
         world.store.state = "hanging"
@@ -356,6 +384,31 @@ class TestReplaying:
         world.store.go_on.set()
         await world.back()
         assert client.read_notifications() == [id]
+
+    async def test_one_that_is_slow_keeps_nobody_waiting_for_his_turn(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each page takes 0.3 s, so that the last of five lines of eight would wait for 1.2 s."""
+        monkeypatch.setattr(replay, "STORE_SECONDS", 0.4)
+        world = Away()
+        users = [f"u{number}" for number in range(5 * replay.READERS)]
+        ids = {user: (await world.sent(user)).notification_id for user in users}
+        world.store.delay = 0.3
+        clients = [world.connect(user) for user in users]
+        live = {user: (await settled(world.dispatch(user))).notification_id for user in users}
+        await world.tasks_done()
+        told = [each.read() for each in clients]
+        in_order = ["connected", "notification", "caught_up", "notification"]
+        meanwhile = ["connected", "gap", "notification", "notification"]
+        for user, messages in zip(users, told, strict=True):
+            types = [each["type"] for each in messages]
+            assert types in (in_order, meanwhile)
+            got = [each["id"] for each in messages if each["type"] == "notification"]
+            expected = [ids[user], live[user]]
+            assert got == (expected if types == in_order else expected[::-1])
+        kinds = [[each["type"] for each in messages] for messages in told]
+        assert kinds[0] == in_order
+        assert kinds[-1] == meanwhile
 
     async def test_one_that_goes_away_in_the_middle(self) -> None:
         world = Away(page_bytes=600)

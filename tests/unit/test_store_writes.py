@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from notifyd.dispatch import store_writes
 from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.errors import Unavailable
 from notifyd.eventually import Eventually
@@ -170,6 +171,40 @@ class TestGivingBack:
         assert writes.logs.stored == {ANN: ids(three)}
         assert writes.returned == [ANN]
         assert writes.waiting() == []
+
+    async def test_nothing_sets_out_before_what_is_on_its_way_has_arrived(self) -> None:
+        writes = Writes()
+        writes.logs.late = True
+        three = some(3)
+        for each in three:
+            writes.give_back(each)
+        assert len(writes.logs.asked) == 1
+        writes.logs.answer(away())
+        # It fails, and is behind nothing that came later.
+        writes.logs.late = False
+        for _ in range(5):
+            await asyncio.sleep(0)
+        await writes.done()
+        assert writes.logs.stored == {ANN: ids(three)}
+
+    async def test_so_many_are_on_their_way_at_a_time(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(store_writes, "MAX_ON_THEIR_WAY", 4)
+        writes = Writes()
+        writes.logs.late = True
+        users = [f"u{n}" for n in range(5)]
+        given = {user: some(2) for user in users}
+        for user, notifications in given.items():
+            writes.give_back(*notifications, user_id=user)
+        most = 0
+        while writes.logs.asked:
+            most = max(most, len(writes.logs.asked))
+            writes.logs.answer()
+            for _ in range(5):
+                await asyncio.sleep(0)
+        assert most == 4
+        assert writes.logs.stored == {("acme", user): ids(given[user]) for user in users}
 
     def test_where_nothing_keeps_it_it_is_lost(self) -> None:
         writes = Writes(queue=False)
@@ -364,6 +399,16 @@ class TestSettling:
         known = [writes.writes.is_unsettled("acme", user, "a") for user in ("ann", "bob", "cleo")]
         assert known == [False, True, True]
 
+    def test_is_bounded_by_what_is_settled_and_not_by_who(self) -> None:
+        writes = Writes(max_waiting=2)
+        writes.logs.down = True
+        writes.writes.settle("acme", "ann", ["a", "b", "c"])
+        assert [writes.writes.is_unsettled("acme", "ann", id) for id in "abc"] == [
+            False,
+            True,
+            True,
+        ]
+
     def test_without_a_queue_there_is_nothing_to_settle(self) -> None:
         writes = Writes(queue=False)
         writes.writes.settle(*ANN, ["a"])
@@ -419,7 +464,18 @@ class TestTheEnd:
         writes = Writes()
         writes.logs.down = True
         writes.give_back(*some(2))
-        assert await writes.writes.finish(5) == 2
+        assert await writes.writes.finish(0.05) == 2
+
+    async def test_asks_a_store_that_is_away_until_it_is_back(self) -> None:
+        writes = Writes()
+        writes.logs.down = True
+        two = some(2)
+        writes.give_back(*two)
+        finishing = asyncio.ensure_future(writes.writes.finish(20))
+        await asyncio.sleep(0)
+        writes.logs.down = False
+        assert await finishing == 0
+        assert writes.logs.stored == {ANN: ids(two)}
 
     async def test_a_store_that_hangs_is_waited_for_no_longer(self) -> None:
         writes = Writes()
