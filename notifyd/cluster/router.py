@@ -476,11 +476,13 @@ class Cluster:
 
         def finish(awaited: Awaited) -> None:
             answers: Sequence[Reached] = tuple(awaited.answers.values())
+            # Where Redis has yet to say how many heard it, all may have.
+            reached = len(self.alive()) - 1 if awaited.expected is None else awaited.expected
             counts = [each.channels for each in answers if len(each.channels) == len(target.names)]
             done(
                 Spreading(
                     sum(each.connections for each in answers),
-                    max(0, (awaited.expected or 0) - len(answers)),
+                    max(0, reached - len(answers)),
                     any(each.filtered for each in answers),
                     tuple(map(sum, zip(*counts, strict=True))),
                 )
