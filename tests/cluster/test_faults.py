@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from statistics import median
 from typing import Any
@@ -19,9 +19,16 @@ from notifyd.cluster.messages import KINDS, encode, wired
 from notifyd.errors import Unavailable
 from notifyd.eventually import settled
 from notifyd.notification import Notification
-from tests.cluster.conftest import StartNodes, _starter, cluster_of
-from tests.front_door import Host, channel, until, user
-from tests.stores import RedisServer
+from notifyd.queue.redis_keys import bucket_of, member
+from tests.cluster.conftest import (
+    StartNodes,
+    _starter,
+    beside,
+    cluster_of,
+    knowing_each_other,
+)
+from tests.front_door import WAIT, Host, channel, until, user
+from tests.stores import RedisServer, proxy
 
 pack = msgspec.msgpack.encode
 
@@ -79,15 +86,83 @@ async def test_local_deliveries_go_on_while_redis_hangs_and_the_cluster_is_whole
         got.append(await there.receive())
 
 
-async def test_a_redis_that_lost_everything_learns_who_is_where(
-    start_breakable: StartNodes, redis_server: RedisServer
+def lose_everything(server: RedisServer, node: Host) -> None:
+    server.command("FLUSHALL")
+
+
+def lose_users(server: RedisServer, node: Host) -> None:
+    """As when their node is silent for as long as its lease."""
+    cluster = cluster_of(node)
+    for bucket in cluster._keys.buckets:
+        server.command("DEL", bucket.on + cluster.id)
+
+
+def lose_place(server: RedisServer, node: Host) -> None:
+    cluster = cluster_of(node)
+    for bucket in cluster._keys.buckets:
+        server.command("ZREM", bucket.nodes, cluster.id)
+
+
+Lose = Callable[[RedisServer, Host], None]
+
+
+@pytest.mark.parametrize("lose", [lose_everything, lose_users, lose_place])
+async def test_a_redis_that_lost_who_is_where_learns_it(
+    start_breakable: StartNodes, redis_server: RedisServer, lose: Lose
 ) -> None:
     nodes = await start_breakable(2)
-    await nodes[1].websocket("anna")
-    redis_server.command("FLUSHALL")
-    assert (await nodes[0].publish(user("anna")))["outcome"] == "queued"
-    deadline = time.monotonic() + 5
-    while (await nodes[0].publish(user("anna")))["outcome"] == "queued":
+    anna = await nodes[1].websocket("anna")
+    await anna.nothing_came()
+    lose(redis_server, nodes[1])
+    queued = await nodes[0].publish(user("anna"))
+    assert queued["outcome"] == "queued"
+    # The subscriptions live on, so that nothing but presence tells node and user of one another.
+    assert (await anna.expect("notification"))["id"] == queued["notification_id"]
+    await delivered_again(nodes[0], "anna")
+
+
+@pytest.mark.parametrize("lose", [lose_everything, lose_users])
+async def test_a_redis_that_learned_of_a_newcomer_alone_learns_of_the_others(
+    start_breakable: StartNodes,
+    redis_server: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
+    lose: Lose,
+) -> None:
+    nodes = await start_breakable(2)
+    anna = await nodes[1].websocket("anna")
+    await anna.nothing_came()
+    with monkeypatch.context() as between_renewals:
+        between_renewals.setattr(cluster_of(nodes[1]).presence, "renew", nothing_renewed)
+        lose(redis_server, nodes[1])
+        await nodes[1].websocket(beside("anna"))
+        queued = await nodes[0].publish(user("anna"))
+        assert queued["outcome"] == "queued"
+    assert (await anna.expect("notification"))["id"] == queued["notification_id"]
+    await delivered_again(nodes[0], "anna")
+
+
+async def test_a_short_lease_does_not_end_the_longer_ones_of_other_nodes(
+    start_breakable: StartNodes, redis_server: RedisServer
+) -> None:
+    (patient,) = await start_breakable(1, cluster={"presence_ttl_seconds": 60})
+    (hasty,) = await start_breakable(1)
+    await patient.websocket("anna")
+    await hasty.websocket(beside("anna"))
+    cluster = cluster_of(hasty)
+    await cluster.nodes.beat()
+    bucket = cluster._keys.buckets[bucket_of(member("default", "anna"))]
+    keys = (bucket.nodes, cluster._cluster_keys.nodes, cluster._cluster_keys.said)
+    assert all(redis_server.command("PTTL", key) > 60_000 for key in keys)
+
+
+async def nothing_renewed() -> None:
+    pass
+
+
+async def delivered_again(node: Host, user_id: str) -> None:
+    """Redis knows where he is."""
+    deadline = time.monotonic() + WAIT
+    while (await node.publish(user(user_id), ttl=0))["outcome"] == "nobody":
         assert time.monotonic() < deadline
 
 
@@ -129,6 +204,26 @@ async def test_a_node_that_does_not_answer_in_time_gives_routed_and_nothing_is_l
         assert answer["outcome"] == "routed"
     got = await anna.expect("notification")
     assert (got["id"], got["metadata"]["replayed"]) == (answer["notification_id"], True)
+
+
+@pytest.mark.parametrize(
+    "target", [channel("news"), {"type": "channels", "value": ["news", "x"]}, {"type": "broadcast"}]
+)
+async def test_what_redis_was_slow_to_pass_on_is_routed(
+    start_breakable: StartNodes, redis_server: RedisServer, target: dict[str, Any]
+) -> None:
+    async with proxy(redis_server.port) as slow:
+        url = f"redis://127.0.0.1:{slow.port}/0"
+        (here,) = await start_breakable(1, redis={"url": url, "command_timeout_seconds": WAIT})
+        (there,) = await start_breakable(1)
+        await knowing_each_other([here, there])
+        anna = await there.listen("websocket", "anna", "news")
+        slow.hold()
+        answer = await here.publish(target)
+        assert (answer["outcome"], answer["routed"], answer["success"]) == ("routed", 1, True)
+        slow.release()
+        assert (await anna.expect("notification"))["id"] == answer["notification_id"]
+        await here.stop()
 
 
 async def say(server: RedisServer, channel_name: str, what: list[bytes]) -> None:
@@ -256,20 +351,6 @@ async def test_who_is_sent_more_behind_a_silent_node_waits_no_longer_than_the_fi
         started = time.monotonic()
         assert (await nodes[0].publish(user("anna")))["outcome"] == "routed"
         assert time.monotonic() - started < 1
-
-
-async def test_what_was_queued_before_redis_knew_where_a_user_is_reaches_him_then(
-    start_breakable: StartNodes, redis_server: RedisServer
-) -> None:
-    nodes = await start_breakable(2)
-    anna = await nodes[1].websocket("anna")
-    await anna.nothing_came()
-    redis_server.command("FLUSHALL")
-    answer = await nodes[0].publish(user("anna"))
-    assert answer["outcome"] == "queued"
-    # The subscriptions live on, so that nothing but presence tells node and user of one another.
-    got = await anna.expect("notification")
-    assert got["id"] == answer["notification_id"]
 
 
 async def test_what_a_silent_node_lost_is_not_lost_with_the_end_of_the_sender(

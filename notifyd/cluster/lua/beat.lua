@@ -17,8 +17,12 @@ local held = redis.call('ZSCORE', nodes, node) and 1 or 0
 if lease > 0 then
     redis.call('ZADD', nodes, now + lease, node)
     redis.call('HSET', said, node, ARGV[3])
-    redis.call('PEXPIRE', nodes, 2 * lease)
-    redis.call('PEXPIRE', said, 2 * lease)
+    for _, key in ipairs({nodes, said}) do
+        -- As long as the longest of their leases, which may be another node's.
+        if redis.call('PTTL', key) < 2 * lease then
+            redis.call('PEXPIRE', key, 2 * lease)
+        end
+    end
 else
     redis.call('ZREM', nodes, node)
     redis.call('HDEL', said, node)
