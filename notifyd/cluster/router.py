@@ -331,6 +331,9 @@ class Cluster:
         name = member(tenant, user)
         bucket = self._keys.buckets[bucket_of(name)]
         message = self.bus.encoded(body)
+        if message is None:
+            failed()
+            return
         args = (bucket.on, self._cluster_keys.node, self.id, name, message)
         try:
             call = self._redis.run(self._route, (bucket.nodes,), args, routed)

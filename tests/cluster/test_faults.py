@@ -271,8 +271,23 @@ def shapes() -> list[tuple[str, bytes]]:
         ("shape", routed(tenant=7)),
         ("shape", routed(users="anna")),
         ("shape", routed(notification=None)),
-        ("failed", routed(notification=msgspec.structs.replace(notification, at=float("nan")))),
+        # Over the limit with what goes with it.
+        ("failed", payload(b'"' + b"x" * 65_500 + b'"')),
     ]
+    wrong: list[dict[str, Any]] = [
+        {"at": float("nan")},
+        {"at": float("inf")},
+        {"at": 1e300},
+        {"at": -1.0},
+        {"id": "not-a-uuid"},
+        {"id": "x" * 36},
+        {"event": ""},
+        {"event": "e" * 129},
+        {"payload": b'"' + b"x" * 65_535 + b'"'},
+    ]
+    for changed in wrong:
+        content = msgspec.structs.replace(notification, **changed)
+        bad.append(("shape", routed(notification=content)))
     for kind in KINDS:
         if kind != "alive":
             bad.append(("shape", item(kind, [])))
