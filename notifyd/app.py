@@ -240,6 +240,7 @@ class Notifyd(PublishingCalls):
             self.cluster.replay_here = self.lifecycle.replay_again
             self.cluster.settle_here = self._confirmations.settle_from_elsewhere
             self.cluster.revoke_here = self._revoke
+            self.cluster.revocations = self.verifier.revocations
             self.cluster.give_back = self._give_back
         self._sources = self._make_sources(dispatcher)
         self.guard = Guard(

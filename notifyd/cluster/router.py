@@ -67,6 +67,8 @@ it when it is back; others find it when they connect again."""
 MAX_REVOCATIONS = 100_000
 """Beyond it the oldest of a tenant become one time for all of it (`lua/revoke.lua`)."""
 
+REVOCATIONS_PER_CALL = 100
+
 Asked = Callable[[Raw], Any]
 
 
@@ -130,15 +132,16 @@ class Cluster:
     """This node among the others.
 
     Before `start`: `receiver`, `replay_here(tenant, user)`, `settle_here(tenant, user, ids)` (which
-    of these were held), `revoke_here(tenant, user, at)` and `give_back(tenant, user, notification)`
-    are set by who makes it, and `answers` what can be asked here. Where `user` of a revocation is
-    empty, it is of all users of the tenant.
+    of these were held), `revoke_here(tenant, user, at)`, `revocations` (all known here) and
+    `give_back(tenant, user, notification)` are set by who makes it, and `answers` what can be asked
+    here. Where `user` of a revocation is empty, it is of all users of the tenant.
     """
 
     receiver: Receiver
     replay_here: ReplayHere
     settle_here: Callable[[str, str, Sequence[str]], Sequence[str]]
     revoke_here: Callable[[str, str, float], None]
+    revocations: Callable[[], Sequence[tuple[str, str, float]]]
     give_back: Callable[[str, str, Notification], None]
 
     def __init__(
@@ -189,7 +192,7 @@ class Cluster:
         self._settled: dict[tuple[str, str], list[str]] = {}
         self._untold: dict[UserKey, None] = {}
         self._catching_up: asyncio.Task[None] | None = None
-        self._was_up = False
+        self._revocations_kept = True
         self._started = False
         metrics.cluster_nodes.read_from(lambda: len(self.nodes.alive()))
         metrics.cluster_bus_up.read_from(lambda: self.bus.up)
@@ -240,7 +243,10 @@ class Cluster:
     async def _beat(self) -> None:
         while True:
             try:
-                await self.nodes.beat()
+                kept = await self.nodes.beat()
+                self._revocations_kept = self._revocations_kept and kept
+                if not self._revocations_kept:
+                    await self._revoke_again()
                 await self.presence.renew()
                 await self._tell_untold()
             except Unavailable as error:
@@ -586,6 +592,19 @@ class Cluster:
         for place in range(0, len(answer), 2):
             tenant, _, user = answer[place].decode().partition(_NUL)
             self.revoke_here(tenant, user, float(answer[place + 1]))
+
+    async def _revoke_again(self) -> None:
+        """Redis may have lost what was revoked, and nodes that began since never heard of it."""
+        known = self.revocations()
+        for start in range(0, len(known), REVOCATIONS_PER_CALL):
+            some = known[start : start + REVOCATIONS_PER_CALL]
+            words: list[str | float] = []
+            for tenant, user, at in some:
+                words += (at, f"{tenant}{_NUL}{user}")
+            if await self._redis.command("ZADD", self._cluster_keys.revoked, "GT", "CH", *words):
+                for each in some:
+                    self.bus.to_all(Revoked(*each))
+        self._revocations_kept = True
 
     # --- questions of the API ---
 

@@ -27,7 +27,7 @@ from tests.cluster.conftest import (
     cluster_of,
     knowing_each_other,
 )
-from tests.front_door import WAIT, Host, channel, until, user
+from tests.front_door import WAIT, Host, channel, token, until, user
 from tests.stores import RedisServer, proxy
 
 pack = msgspec.msgpack.encode
@@ -139,6 +139,36 @@ async def test_a_redis_that_learned_of_a_newcomer_alone_learns_of_the_others(
         assert queued["outcome"] == "queued"
     assert (await anna.expect("notification"))["id"] == queued["notification_id"]
     await delivered_again(nodes[0], "anna")
+
+
+def lose_revocations(server: RedisServer, node: Host) -> None:
+    assert server.command("DEL", cluster_of(node)._cluster_keys.revoked)
+
+
+@pytest.mark.parametrize("lose", [lose_everything, lose_revocations])
+async def test_what_is_revoked_is_known_to_later_nodes_though_redis_lost_it(
+    start_breakable: StartNodes, redis_server: RedisServer, lose: Lose
+) -> None:
+    (node,) = await start_breakable(1)
+    old = token("anna")
+    await node.post("/api/v1/users/anna/disconnect", {"revoke": True})
+    node.notifyd.verifier.revoke_all("acme", 4e9)
+    lose(redis_server, node)
+
+    async def status(host: Host) -> int:
+        acks = {"notification_ids": [str(uuid4())]}
+        header = {"Authorization": f"Bearer {old}"}
+        return (await host.post("/api/v1/acks", acks, key=None, headers=header)).status_code
+
+    # One that begins before it is there again is told, one that begins after finds it.
+    (second,) = await start_breakable(1)
+    deadline = time.monotonic() + WAIT
+    while await status(second) != 401:
+        assert time.monotonic() < deadline
+    (third,) = await start_breakable(1)
+    assert await status(third) == 401
+    known = {(tenant, user_id) for tenant, user_id, _ in third.notifyd.verifier.revocations()}
+    assert known == {("default", "anna"), ("acme", "")}
 
 
 async def test_a_short_lease_does_not_end_the_longer_ones_of_other_nodes(
