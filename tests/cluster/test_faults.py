@@ -208,29 +208,35 @@ async def test_what_is_queued_while_a_node_hears_nothing_is_replayed_when_it_doe
     await anna.nothing_came()
 
 
+@pytest.mark.parametrize(
+    "target", [user("anna"), {"type": "users", "value": ["anna", "carl", "nobody"]}]
+)
 async def test_a_node_that_does_not_answer_in_time_gives_routed_and_nothing_is_lost(
-    nodes: list[Host], monkeypatch: pytest.MonkeyPatch
+    nodes: list[Host], monkeypatch: pytest.MonkeyPatch, target: dict[str, Any]
 ) -> None:
     anna = await nodes[1].websocket("anna")
+    await nodes[1].websocket("carl")
+    monkeypatch.setattr("notifyd.cluster.bus.AFTER_SECONDS", 0.1)
     await nodes[1].listen("websocket", "ben", "news")
     there = cluster_of(nodes[1]).bus
     with monkeypatch.context() as deaf:
         deaf.setattr(there, "to_node", lambda node, body: None)
         started = time.monotonic()
-        answer = await nodes[0].publish(user("anna"))
-        assert (answer["outcome"], answer["routed"], answer["delivered_to"]) == ("routed", 1, 0)
+        answer = await nodes[0].publish(target)
+        routed = 1 if target["type"] == "user" else 2
+        assert (answer["outcome"], answer["routed"]) == ("routed", routed)
+        assert answer["delivered_to"] == 0
         assert 0.15 < time.monotonic() - started < 5
         answer = await nodes[0].publish(channel("news"))
         assert (answer["outcome"], answer["routed"]) == ("routed", 1)
     await anna.expect("notification")
     # Once it counts as lost it goes to the log; who has it by then gets it not twice.
-    monkeypatch.setattr("notifyd.cluster.bus.AFTER_SECONDS", 0.1)
     with monkeypatch.context() as lost:
         lost.setattr(
             cluster_of(nodes[1]).receiver, "take_for_users", lambda *a, **how: [("nobody", 0)]
         )
         lost.setattr(there, "to_node", lambda node, body: None)
-        answer = await nodes[0].publish(user("anna"))
+        answer = await nodes[0].publish(target)
         assert answer["outcome"] == "routed"
     got = await anna.expect("notification")
     assert (got["id"], got["metadata"]["replayed"]) == (answer["notification_id"], True)

@@ -46,6 +46,26 @@ async def test_every_target_from_any_process_reaches_every_connection_once(
         await listener.nothing_came()
 
 
+async def test_streams_are_served_from_other_processes_too(start_processes: StartProcesses) -> None:
+    nodes = await start_processes(2)
+    stream = await nodes[0].sse("anna", "?channels=news")
+    await stream.expect("subscribed")
+    targets = (channel("news"), user("anna"), {"type": "users", "value": ["anna", "ben"]})
+    sent = []
+    for target in targets:
+        answer = await nodes[1].publish(target)
+        assert (answer["outcome"], answer["delivered_to"]) == ("delivered", 1)
+        sent.append(answer["notification_id"])
+    assert [each["id"] for each in await stream.notifications(3)] == sent
+    await stream.close()
+    # What it had not confirmed is in the queue of its user, and comes over there.
+    again = await nodes[1].sse("anna")
+    got = await again.notifications(2)
+    assert [each["id"] for each in got] == sent[1:]
+    assert all(each["metadata"]["replayed"] for each in got)
+    await again.close()
+
+
 @pytest.mark.parametrize("mode", ["offline", "always"])
 async def test_the_users_of_a_killed_node_are_offline_within_the_lease(
     start_processes: StartProcesses, mode: str
