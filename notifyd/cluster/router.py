@@ -69,6 +69,9 @@ MAX_REVOCATIONS = 100_000
 
 REVOCATIONS_PER_CALL = 100
 
+Waiting = Sequence[tuple[str, str, Sequence[str]]]
+"""Tenant, user and ids of what a node has yet to store."""
+
 Asked = Callable[[Raw], Any]
 
 
@@ -132,14 +135,16 @@ class Cluster:
     """This node among the others.
 
     Before `start`: `receiver`, `replay_here(tenant, user)`, `settle_here(tenant, user, ids)` (which
-    of these were held), `revoke_here(tenant, user, at)`, `revocations` (all known here) and
-    `give_back(tenant, user, notification)` are set by who makes it, and `answers` what can be asked
-    here. Where `user` of a revocation is empty, it is of all users of the tenant.
+    of these were held), `confirmed_here(node, waiting)` (what of it was confirmed; that node is to
+    hear of the rest), `revoke_here(tenant, user, at)`, `revocations` (all known here) and
+    `give_back(tenant, user, notification)` are set by who makes it, and `answers` what else can be
+    asked here. Where `user` of a revocation is empty, it is of all users of the tenant.
     """
 
     receiver: Receiver
     replay_here: ReplayHere
     settle_here: Callable[[str, str, Sequence[str]], Sequence[str]]
+    confirmed_here: Callable[[str, Waiting], Waiting]
     revoke_here: Callable[[str, str, float], None]
     revocations: Callable[[], Sequence[tuple[str, str, float]]]
     give_back: Callable[[str, str, Notification], None]
@@ -177,7 +182,9 @@ class Cluster:
         self.bus = Bus(
             redis, cluster_keys, self.id, metrics, receive=self._receive, on_up=self._heard_again
         )
-        self.answers: dict[str, Asked] = {}
+        self.answers: dict[str, Asked] = {
+            "confirmed": lambda about: self.confirmed_here(*_decode_question(about))
+        }
         self._redis = redis
         self._keys = keys
         self._cluster_keys = cluster_keys
@@ -578,6 +585,26 @@ class Cluster:
         self._run_route(tenant, user, body, routed, lambda: self.bus.reached(awaited, 0))
         return future
 
+    async def settle_confirmed(self, waiting: Waiting) -> None:
+        """Settle here what of this was confirmed on other nodes, as far as they
+        remember it and answer within `ASK_SECONDS`; of the rest, they tell when it is."""
+        try:
+            answers = await self.ask("confirmed", (self.id, waiting))
+        except Unavailable:
+            return
+        for node, said in answers.items():
+            try:
+                confirmed = _decode_waiting(said)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                self.bus.tell_bad(node, str(error))
+                continue
+            for tenant, user, ids in confirmed:
+                self.settle_here(tenant, user, ids)
+
+    def tell_settled(self, node: str, tenant: str, user: str, id: str) -> None:
+        """Tell a node that asked for it."""
+        self.bus.to_node(node, Settled(0, tenant, user, (id,)))
+
     async def revoke(self, tenant: str, user: str, at: float) -> None:
         """Refuse a user's tokens on all nodes, those that start later too. Raises Unavailable."""
         await self._redis.run(
@@ -759,6 +786,8 @@ class _ToUser(Awaited):
 
 _NOTHING = encode_value(None)
 _NUL = "\0"
+_decode_waiting = msgspec.msgpack.Decoder(list[tuple[str, str, list[str]]]).decode
+_decode_question = msgspec.msgpack.Decoder(tuple[str, list[tuple[str, str, list[str]]]]).decode
 
 
 def _of_user(

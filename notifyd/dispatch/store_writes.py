@@ -13,12 +13,15 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+from notifyd.cluster.router import Waiting
 from notifyd.errors import Unavailable
 from notifyd.eventually import Eventually, is_awaitable
 from notifyd.notification import Notification
 from notifyd.queue.base import AckLedger, Rejection, UserLogs
 
 UserKey = tuple[str, str]
+
+USERS_PER_QUESTION = 100
 
 
 class OnReturned(Protocol):
@@ -37,8 +40,12 @@ class StoreWrites:
 
     At most `max_waiting` notifications wait for a store that is away; the oldest are given up
     first and told to `on_lost`. `on_returned` is told when something is in the log again,
-    `on_unavailable(error)` when a note to the ledger is lost.
+    `on_unavailable(error)` when a note to the ledger is lost. `settle_confirmed(waiting)`, in a
+    cluster, settles what of it was confirmed on other nodes: a store that did not answer may have
+    taken it all the same, and they have read it there.
     """
+
+    settle_confirmed: Callable[[Waiting], Awaitable[None]] | None = None
 
     def __init__(
         self,
@@ -200,6 +207,13 @@ class StoreWrites:
                 taken.append(notification)
         return taken
 
+    async def forget_confirmed(self, *users: UserKey) -> None:
+        """Let go of what waits for a store that is away, and was confirmed on other nodes."""
+        if self.settle_confirmed is not None:
+            waiting = [(*key, tuple(self._homeless[key])) for key in users if key in self._homeless]
+            if waiting:
+                await self.settle_confirmed(waiting)
+
     def confirmed(self, tenant: str, user_id: str, ids: Sequence[str]) -> frozenset[str]:
         """The user confirmed these: none of them goes to his log any more. Returns those that
         waited for it or were on their way, which only the store knows whether it has.
@@ -303,7 +317,10 @@ class StoreWrites:
 
     async def retry(self) -> None:
         """Try again what waits, one user after the other, until the store fails once more."""
-        for key in list(self._homeless):
+        users = list(self._homeless)
+        for place, key in enumerate(users):
+            if place % USERS_PER_QUESTION == 0:
+                await self.forget_confirmed(*users[place : place + USERS_PER_QUESTION])
             notifications = self.take_homeless(*key)
             if self._logs is not None and notifications:
                 self._store(self._logs, key, notifications, replay=True)

@@ -471,3 +471,53 @@ async def test_what_a_node_queued_while_redis_was_away_for_it_alone_is_told_late
         assert answer["outcome"] == "queued"
     got = await anna.expect("notification")
     assert got["id"] == answer["notification_id"]
+
+
+@pytest.mark.parametrize("confirmed", ["before", "after"])
+@pytest.mark.parametrize("comes_back", ["to the store", "to the user"])
+async def test_what_was_confirmed_is_not_stored_again_where_the_store_did_not_say_that_it_has_it(
+    nodes: list[Host], monkeypatch: pytest.MonkeyPatch, confirmed: str, comes_back: str
+) -> None:
+    anna = await nodes[0].raw_websocket("anna", query="acks=1")
+    sent = await nodes[0].publish(user("anna"))
+    assert (await anna.receive())["id"] == sent["notification_id"]
+    (logs, writes), there = (nodes[0].notifyd._logs, nodes[0].notifyd._writes), nodes[1].notifyd
+    assert logs is not None
+    with monkeypatch.context() as away:
+        if confirmed == "before":
+            away.setattr(writes, "retry", nothing_renewed)
+        enqueue = logs.enqueue
+
+        async def enqueue_unheard(*given: Any) -> Any:
+            away.setattr(logs, "enqueue", unavailable)
+            await settled(enqueue(*given))
+            raise Unavailable("no answer", retry_after=1)
+
+        async def unavailable(*given: Any) -> Any:
+            raise Unavailable("away", retry_after=1)
+
+        away.setattr(logs, "enqueue", enqueue_unheard)
+        anna.vanish()
+        await until(lambda: writes.has_homeless("default", "anna"), "what nobody knows of")
+        elsewhere = await nodes[1].websocket("anna", query="acks=1")
+        assert (await elsewhere.expect("notification"))["id"] == sent["notification_id"]
+        await elsewhere.expect("caught_up")
+        if confirmed == "after":
+            await until(lambda: bool(there._confirmations._asked_by), "the question")
+            away.setattr(writes, "retry", nothing_renewed)
+        assert (await elsewhere.ack(sent["notification_id"]))["type"] == "acked"
+        await elsewhere.close()
+        if confirmed == "after":
+            await until(lambda: not writes.has_homeless("default", "anna"), "the answer")
+        if comes_back == "to the user":
+            await nothing_is_replayed(nodes[0])
+    await writes.retry()
+    await nothing_is_replayed(nodes[2])
+
+
+async def nothing_is_replayed(node: Host) -> None:
+    again = await node.websocket("anna")
+    (connection,) = node.notifyd.lifecycle.registry.tenant("default").of_user("anna")
+    await until(lambda: not connection.outbox.holds_back, "the end of her replay")
+    await again.nothing_came()
+    await again.close()
