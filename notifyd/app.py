@@ -239,8 +239,11 @@ class Notifyd(PublishingCalls):
             self.cluster.receiver = dispatcher
             self.cluster.replay_here = self.lifecycle.replay_again
             self.cluster.settle_here = self._confirmations.settle_from_elsewhere
+            self.cluster.confirmed_here = self._confirmations.was_confirmed_here
             self.cluster.revoke_here = self._revoke
+            self.cluster.revocations = self.verifier.revocations
             self.cluster.give_back = self._give_back
+            self._writes.settle_confirmed = self.cluster.settle_confirmed
         self._sources = self._make_sources(dispatcher)
         self.guard = Guard(
             api_keys=ApiKeys(auth, clock=clock),

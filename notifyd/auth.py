@@ -327,6 +327,10 @@ class TokenVerifier:
         """`revoke` for all users of a tenant."""
         self._revocations.add_all(tenant, at)
 
+    def revocations(self) -> list[tuple[str, str, float]]:
+        """What is revoked: tenant, user and time of each, and no user where it is all of them."""
+        return self._revocations.all()
+
     def flush(self) -> None:
         """Forget the verified tokens, so that each must pass the keys of now once more."""
         self._cache.clear()
@@ -511,6 +515,15 @@ class _Revocations:
             floor = max(floor, times.pop(oldest))
             self._count -= 1
         self.add_all(tenant, floor)
+
+    def all(self) -> list[tuple[str, str, float]]:
+        floors = [(tenant, "", at) for tenant, at in self._floors.items()]
+        users = [
+            (tenant, user_id, at)
+            for tenant, times in self._tenants.items()
+            for user_id, at in times.items()
+        ]
+        return floors + users
 
     def check(self, identity: Identity) -> None:
         """Raises Unauthorized for a revoked token."""

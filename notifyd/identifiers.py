@@ -12,6 +12,9 @@ from notifyd.errors import ValidationError
 
 MAX_REQUEST_ID = 128
 
+LAST_SECOND = 253402300799
+"""9999-12-31T23:59:59Z in Unix seconds, the last that RFC 3339 can write."""
+
 _BLOCK = 128
 """UUIDs made at a time: one system call for 2 KiB of randomness, about 25 µs in all."""
 
@@ -22,7 +25,6 @@ _LINES = (b"-" * 36 + b"\n") * _BLOCK
 _COLUMNS = [(digit, digit + sum(digit >= dash for dash in (8, 12, 16, 20))) for digit in range(32)]
 _CANONICAL = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
-_LAST_SECOND = 253402300799  # 9999-12-31T23:59:59Z, the last that RFC 3339 can write
 _MILLISECONDS = tuple(f".{number:03d}Z" for number in range(1000))
 
 
@@ -120,5 +122,5 @@ def _second(unix_seconds: int) -> str:
     try:
         moment = datetime.fromtimestamp(unix_seconds, UTC)
     except (OverflowError, ValueError, OSError):
-        moment = datetime.fromtimestamp(_LAST_SECOND, UTC)
+        moment = datetime.fromtimestamp(LAST_SECOND, UTC)
     return moment.isoformat()[:19]

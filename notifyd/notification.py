@@ -113,9 +113,10 @@ class RecipientResult(msgspec.Struct, frozen=True, gc=False, omit_defaults=True)
 class Receipt(msgspec.Struct, frozen=True, gc=False):
     """What became of a notification.
 
-    `delivered_to` and `routed` count connections, `queued` and `failed` recipients. `results` holds
-    every user of a `users` target, `channels` the connections taken per channel of a `channels`
-    target; `reason` says why a single recipient failed.
+    `delivered_to` and `routed` count connections (of a channel or a broadcast, `routed` counts the
+    nodes that are silent), `queued` and `failed` recipients. `results` holds every user of a
+    `users` target, `channels` the connections taken per channel of a `channels` target; `reason`
+    says why a single recipient failed.
     """
 
     notification_id: str

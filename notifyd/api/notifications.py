@@ -243,9 +243,10 @@ def _whole_batch(data: bytes) -> _WholeBatchBody | None:
 class SendAnswer(msgspec.Struct, gc=False, omit_defaults=True):
     """What became of a notification.
 
-    `outcome` is the best of its recipients'. `delivered_to` and `routed` count connections,
-    `queued` and `failed` recipients; `success` is delivered_to + routed + queued > 0. `reason` says
-    why the one recipient failed; `hint`, in development, why nobody was reached.
+    `outcome` is the best of its recipients'. `delivered_to` and `routed` count connections (of a
+    channel or a broadcast, `routed` counts the nodes that are silent), `queued` and `failed`
+    recipients; `success` is delivered_to + routed + queued > 0. `reason` says why the one recipient
+    failed; `hint`, in development, why nobody was reached.
     """
 
     success: bool

@@ -27,8 +27,9 @@ class Receipt(msgspec.Struct, frozen=True):
 
     `outcome` is the best of its recipients' (`delivered`, `routed`, `queued`, `nobody`, `filtered`,
     `expired`, `failed`) and the one to look at; `success` is delivered_to + routed + queued > 0.
-    `delivered_to` and `routed` count connections, `queued` and `failed` recipients. `results` is
-    filled for `users`, `channels` and `total_delivered` for `channels`; `hint` in development only.
+    `delivered_to` and `routed` count connections (of a channel or a broadcast, `routed` counts the
+    nodes that are silent), `queued` and `failed` recipients. `results` is filled for `users`,
+    `channels` and `total_delivered` for `channels`; `hint` in development only.
     """
 
     success: bool

@@ -20,6 +20,7 @@ from notifyd.cluster.messages import (
     ALONE,
     SEVERAL,
     Answer,
+    Ask,
     BadMessage,
     Body,
     Held,
@@ -45,7 +46,8 @@ AFTER_SECONDS = 5.0
 MAX_AWAITED = 100_000
 
 MAX_TOGETHER_BYTES = 1024 * 1024
-"""Broadcasts that go out together have no more payload, as far as they are several."""
+"""What goes out together to all nodes has no more payload, names and members of audiences, as far
+as it is several messages."""
 
 MAX_SENT_BYTES = MAX_MESSAGE_BYTES // 2
 """What is longer is not sent: it would end the subscriptions of all who hear it."""
@@ -296,12 +298,27 @@ class Bus:
     def now_to(self, node: str, body: Body, *, several: bool, done: Callable[[bool], None]) -> None:
         """Tell one node at once; `done` is told whether it listens, as far as is known."""
         message = (SEVERAL if several else ALONE) + encode(self.node, (body,))
-        self._publish(self._keys.node + node, message, 1, lambda heard: done(heard > 0))
+        if self._is_too_long(message):
+            done(False)
+        else:
+            self._publish(self._keys.node + node, message, 1, lambda heard: done(heard > 0))
 
-    def encoded(self, body: Body) -> bytes:
-        """For a script that publishes by itself."""
+    def encoded(self, body: Body) -> bytes | None:
+        """For a script that publishes by itself; None where it is too long to be sent."""
+        message = encode(self.node, (body,))
+        if self._is_too_long(message):
+            return None
         self._sent.inc()
-        return encode(self.node, (body,))
+        return message
+
+    def _is_too_long(self, message: bytes) -> bool:
+        if len(message) <= MAX_SENT_BYTES:
+            return False
+        # Such as the names of a million channels; whoever asked does without.
+        self._bad_log.warning(
+            "a message is too long for other nodes", reason="too_long", bytes=len(message)
+        )
+        return True
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -312,38 +329,40 @@ class Bus:
         self._scheduled = False
         to_all, self._to_all = self._to_all, []
         to_nodes, self._to_nodes = self._to_nodes, {}
-        waiting: list[Awaited] = []
-        bodies: list[Body] = []
+        together: list[tuple[Body, Awaited | None]] = []
         size = 0
-        for body, awaited in to_all:
-            size += _payload_bytes(body)
-            if bodies and size > MAX_TOGETHER_BYTES:
-                self._tell_all(bodies, waiting)
-                waiting, bodies, size = [], [], _payload_bytes(body)
-            bodies.append(body)
-            if awaited is not None:
-                waiting.append(awaited)
-        if bodies:
-            self._tell_all(bodies, waiting)
+        for item in to_all:
+            more = _bytes_of(item[0])
+            if together and size + more > MAX_TOGETHER_BYTES:
+                self._tell_all(together)
+                together, size = [], 0
+            together.append(item)
+            size += more
+        if together:
+            self._tell_all(together)
         for node, for_node in to_nodes.items():
             self._tell_node(node, for_node)
 
     def _tell_node(self, node: str, bodies: Sequence[Body]) -> None:
         message = ALONE + encode(self.node, bodies)
-        if len(message) <= MAX_SENT_BYTES:
-            self._publish(self._keys.node + node, message, len(bodies), lambda heard: None)
-        elif len(bodies) > 1:
+        if len(bodies) > 1 and len(message) > MAX_SENT_BYTES:
             for body in bodies:
                 self._tell_node(node, (body,))
-        else:
-            # Such as the names of a million channels; whoever asked does without.
-            self._bad_log.warning(
-                "a message is too long for another node", reason="too_long", bytes=len(message)
-            )
+        elif not self._is_too_long(message):
+            self._publish(self._keys.node + node, message, len(bodies), lambda heard: None)
 
-    def _tell_all(self, bodies: Sequence[Body], waiting: Sequence[Awaited]) -> None:
-        message = ALONE + encode(self.node, bodies)
-        self._publish(self._keys.all, message, len(bodies), partial(self._heard_by, waiting))
+    def _tell_all(self, items: Sequence[tuple[Body, Awaited | None]]) -> None:
+        message = ALONE + encode(self.node, [body for body, _ in items])
+        if len(items) > 1 and len(message) > MAX_SENT_BYTES:
+            for item in items:
+                self._tell_all((item,))
+            return
+        waiting = [awaited for _, awaited in items if awaited is not None]
+        if self._is_too_long(message):
+            self._heard_by(waiting, 0)
+        else:
+            told = partial(self._heard_by, waiting)
+            self._publish(self._keys.all, message, len(items), told)
 
     def _heard_by(self, waiting: Sequence[Awaited], heard: int) -> None:
         # We hear ourselves too; where we hear nobody, no answer will come.
@@ -389,8 +408,12 @@ class Bus:
             self._tell_bad(incoming.sender, error)
         except Exception as error:  # noqa: BLE001  # costs one message, and is logged
             self._bad("failed").inc()
-            self._log.exception(
-                "a message of a node failed", node=incoming.sender, error=str(error)
+            self._bad_log.warning(
+                "a message of a node failed",
+                reason=f"failed: {type(error).__name__}",
+                node=incoming.sender[:100],
+                error=str(error)[:200],
+                exc_info=True,
             )
 
     def tell_bad(self, sender: str, text: str) -> None:
@@ -407,8 +430,12 @@ class Bus:
         )
 
 
-def _payload_bytes(body: Body) -> int:
-    return len(body.notification.payload) if isinstance(body, Spread) else 0
+def _bytes_of(body: Body) -> int:
+    """What is long in a body, where anything is."""
+    if isinstance(body, Spread):
+        content = body.notification
+        return len(content.payload) + sum(map(len, body.names)) + sum(map(len, content.values))
+    return len(memoryview(body.about)) if isinstance(body, Ask) else 0
 
 
 def _unheard(told: Callable[[int], None], call: asyncio.Future[None]) -> None:

@@ -11,13 +11,22 @@ this. A field never changes its meaning; where that had to be, the kind would ge
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
-from msgspec import Raw
+from msgspec import Meta, Raw
 from msgspec.msgpack import Decoder, Encoder
 
-from notifyd.notification import EVERYONE, Audience, AudienceType, Notification, Priority
+from notifyd.identifiers import LAST_SECOND, is_canonical_uuid
+from notifyd.notification import (
+    EVERYONE,
+    MAX_NOTIFICATION_BYTES,
+    Audience,
+    AudienceType,
+    Notification,
+    Priority,
+)
+from notifyd.templates import MAX_EVENT_TYPE
 
 VERSION = 1
 """Of this program's messages; it grows when a field or a kind is added."""
@@ -46,9 +55,9 @@ class Wired(Body, frozen=True):
     """A notification between nodes; see `Notification`."""
 
     id: str
-    at: float
-    event: str
-    payload: bytes
+    at: Annotated[float, Meta(ge=0, le=LAST_SECOND)]
+    event: Annotated[str, Meta(min_length=1, max_length=MAX_EVENT_TYPE)]
+    payload: Annotated[bytes, Meta(max_length=MAX_NOTIFICATION_BYTES)]
     priority: Priority = Priority.NORMAL
     ttl: int | None = None
     correlation: str | None = None
@@ -260,8 +269,11 @@ def wired(notification: Notification) -> Wired:
 
 
 def unwired(wired: Wired) -> Notification:
-    """The reverse of `wired`. Raises BadMessage for a payload that would break what it is written
-    into: an event's line, or a text frame (RFC 6455, section 8.1)."""
+    """The reverse of `wired`. Raises BadMessage for an id that is no UUID, and for a payload that
+    would break what it is written into: an event's line, or a text frame (RFC 6455, section 8.1).
+    """
+    if not is_canonical_uuid(wired.id):
+        raise BadMessage("shape", "an id that is no UUID")
     payload = wired.payload
     try:
         if b"\n" in payload or b"\r" in payload:

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -23,6 +23,8 @@ import structlog
 from notifyd.queue.redis_keys import ClusterKeys
 from notifyd.redis_client import Redis, Script
 from notifyd.version import __version__
+
+T = TypeVar("T")
 
 BEATS_PER_LEASE = 3
 """Renewals in the time of a lease: one may be lost, and one be late."""
@@ -107,8 +109,11 @@ class Nodes:
         others.sort(key=lambda node: (node.said.name, node.id))
         return [Node(self.id, self._said, math.inf), *others]
 
-    def beat(self) -> asyncio.Future[None]:
-        """Renew the lease and look who else there is. Raises Unavailable, at once or later."""
+    def beat(self) -> asyncio.Future[bool]:
+        """Renew the lease and look who else there is. Raises Unavailable, at once or later.
+
+        False where Redis has no revocations, or may have lost some.
+        """
         lease = int(self.lease_seconds * 1000)
         return self._call(lease, self._learn)
 
@@ -121,13 +126,13 @@ class Nodes:
         """Give the lease up. Raises Unavailable, at once or later."""
         return self._call(0, lambda answer: None)
 
-    def _call(self, lease: int, convert: Callable[[list[Any]], None]) -> asyncio.Future[None]:
-        keys = (self._keys.nodes, self._keys.said)
+    def _call(self, lease: int, convert: Callable[[list[Any]], T]) -> asyncio.Future[T]:
+        keys = (self._keys.nodes, self._keys.said, self._keys.revoked)
         return self._redis.run(
             self._beat, keys, (self.id, lease, _encode_said(self._said)), convert
         )
 
-    def _learn(self, answer: list[Any]) -> None:
+    def _learn(self, answer: list[Any]) -> bool:
         now = self._clock()
         known: dict[str, Node] = {}
         for place in range(1, len(answer), 3):
@@ -143,3 +148,4 @@ class Nodes:
         for id in self._known.keys() - known.keys():
             self._log.warning("a node is gone", node=id)
         self._known = known
+        return bool(answer[0])

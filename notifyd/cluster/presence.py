@@ -55,6 +55,8 @@ class Presence:
         self._users_in = [0] * len(self._buckets)
         self._changed: dict[UserKey, int] = {}
         self._unwritten: dict[UserKey, int] = {}
+        # Buckets of whose users Redis does not have all: the lease ran out, or it lost what it had.
+        self._lost: set[int] = set()
         self._written: asyncio.Future[None] | None = None
         self._write = script("presence")
         self._find = script("find")
@@ -111,6 +113,7 @@ class Presence:
             by_bucket[bucket].append(user)
         calls = []
         for bucket, some in by_bucket.items():
+            others = self._users_in[bucket] - sum(self._connections_of(*user) > 0 for user in some)
             for start in range(0, len(some), USERS_PER_CALL):
                 part = some[start : start + USERS_PER_CALL]
                 words: list[str | int] = []
@@ -120,7 +123,7 @@ class Presence:
                 if call is None:
                     self._keep(bucket, part)
                 else:
-                    call.add_done_callback(partial(self._look, bucket, part))
+                    call.add_done_callback(partial(self._look, bucket, part, others))
                     calls.append(call)
         return calls
 
@@ -136,20 +139,22 @@ class Presence:
         except Unavailable:
             return None
 
-    def _look(self, bucket: int, users: Sequence[UserKey], call: asyncio.Future[int]) -> None:
+    def _look(
+        self, bucket: int, users: Sequence[UserKey], others: int, call: asyncio.Future[int]
+    ) -> None:
         if call.cancelled() or call.exception() is not None:
             self._keep(bucket, users)
+        elif others and not call.result():
+            # What Redis had of the others is gone; now that it has these, no renewal would notice.
+            self._lost.add(bucket)
 
     def _keep(self, bucket: int, users: Iterable[UserKey]) -> None:
         self._unwritten.update(dict.fromkeys(users, bucket))
 
     async def renew(self) -> None:
         """Renew the lease of all that is written, and write what is not. Raises Unavailable."""
-        unwritten, self._unwritten = self._unwritten, {}
-        await self._write_late(unwritten)
         mine = [bucket for bucket, users in enumerate(self._users_in) if users]
         calls = {bucket: self._call(bucket, ()) for bucket in mine}
-        lost: set[int] = set()
         away = False
         for bucket, call in calls.items():
             if call is None:
@@ -157,19 +162,19 @@ class Presence:
                 continue
             try:
                 if await call == 0:
-                    lost.add(bucket)
+                    self._lost.add(bucket)
             except Unavailable:
                 away = True
+        lost, self._lost = self._lost, set()
+        if lost:
+            for user in self._users():
+                bucket = bucket_of(member(*user))
+                if bucket in lost:
+                    self._unwritten[user] = bucket
+        unwritten, self._unwritten = self._unwritten, {}
+        await self._write_late(unwritten)
         if away or self._unwritten:
             raise Unavailable("Redis does not know whom this node holds.", retry_after=1)
-        if lost:
-            # The lease ran out, or Redis lost what it had.
-            again = {}
-            for tenant, user in self._users():
-                bucket = bucket_of(member(tenant, user))
-                if bucket in lost:
-                    again[tenant, user] = bucket
-            await self._write_late(again)
 
     async def _write_late(self, users: dict[UserKey, int]) -> None:
         await settle(self._write_users(users))

@@ -67,6 +67,11 @@ it when it is back; others find it when they connect again."""
 MAX_REVOCATIONS = 100_000
 """Beyond it the oldest of a tenant become one time for all of it (`lua/revoke.lua`)."""
 
+REVOCATIONS_PER_CALL = 100
+
+Waiting = Sequence[tuple[str, str, Sequence[str]]]
+"""Tenant, user and ids of what a node has yet to store."""
+
 Asked = Callable[[Raw], Any]
 
 
@@ -130,15 +135,18 @@ class Cluster:
     """This node among the others.
 
     Before `start`: `receiver`, `replay_here(tenant, user)`, `settle_here(tenant, user, ids)` (which
-    of these were held), `revoke_here(tenant, user, at)` and `give_back(tenant, user, notification)`
-    are set by who makes it, and `answers` what can be asked here. Where `user` of a revocation is
-    empty, it is of all users of the tenant.
+    of these were held), `confirmed_here(node, waiting)` (what of it was confirmed; that node is to
+    hear of the rest), `revoke_here(tenant, user, at)`, `revocations` (all known here) and
+    `give_back(tenant, user, notification)` are set by who makes it, and `answers` what else can be
+    asked here. Where `user` of a revocation is empty, it is of all users of the tenant.
     """
 
     receiver: Receiver
     replay_here: ReplayHere
     settle_here: Callable[[str, str, Sequence[str]], Sequence[str]]
+    confirmed_here: Callable[[str, Waiting], Waiting]
     revoke_here: Callable[[str, str, float], None]
+    revocations: Callable[[], Sequence[tuple[str, str, float]]]
     give_back: Callable[[str, str, Notification], None]
 
     def __init__(
@@ -174,7 +182,9 @@ class Cluster:
         self.bus = Bus(
             redis, cluster_keys, self.id, metrics, receive=self._receive, on_up=self._heard_again
         )
-        self.answers: dict[str, Asked] = {}
+        self.answers: dict[str, Asked] = {
+            "confirmed": lambda about: self.confirmed_here(*_decode_question(about))
+        }
         self._redis = redis
         self._keys = keys
         self._cluster_keys = cluster_keys
@@ -189,7 +199,7 @@ class Cluster:
         self._settled: dict[tuple[str, str], list[str]] = {}
         self._untold: dict[UserKey, None] = {}
         self._catching_up: asyncio.Task[None] | None = None
-        self._was_up = False
+        self._revocations_kept = True
         self._started = False
         metrics.cluster_nodes.read_from(lambda: len(self.nodes.alive()))
         metrics.cluster_bus_up.read_from(lambda: self.bus.up)
@@ -240,7 +250,10 @@ class Cluster:
     async def _beat(self) -> None:
         while True:
             try:
-                await self.nodes.beat()
+                kept = await self.nodes.beat()
+                self._revocations_kept = self._revocations_kept and kept
+                if not self._revocations_kept:
+                    await self._revoke_again()
                 await self.presence.renew()
                 await self._tell_untold()
             except Unavailable as error:
@@ -331,6 +344,9 @@ class Cluster:
         name = member(tenant, user)
         bucket = self._keys.buckets[bucket_of(name)]
         message = self.bus.encoded(body)
+        if message is None:
+            failed()
+            return
         args = (bucket.on, self._cluster_keys.node, self.id, name, message)
         try:
             call = self._redis.run(self._route, (bucket.nodes,), args, routed)
@@ -476,11 +492,13 @@ class Cluster:
 
         def finish(awaited: Awaited) -> None:
             answers: Sequence[Reached] = tuple(awaited.answers.values())
+            # Where Redis has yet to say how many heard it, all may have.
+            reached = len(self.alive()) - 1 if awaited.expected is None else awaited.expected
             counts = [each.channels for each in answers if len(each.channels) == len(target.names)]
             done(
                 Spreading(
                     sum(each.connections for each in answers),
-                    max(0, (awaited.expected or 0) - len(answers)),
+                    max(0, reached - len(answers)),
                     any(each.filtered for each in answers),
                     tuple(map(sum, zip(*counts, strict=True))),
                 )
@@ -567,6 +585,26 @@ class Cluster:
         self._run_route(tenant, user, body, routed, lambda: self.bus.reached(awaited, 0))
         return future
 
+    async def settle_confirmed(self, waiting: Waiting) -> None:
+        """Settle here what of this was confirmed on other nodes, as far as they
+        remember it and answer within `ASK_SECONDS`; of the rest, they tell when it is."""
+        try:
+            answers = await self.ask("confirmed", (self.id, waiting))
+        except Unavailable:
+            return
+        for node, said in answers.items():
+            try:
+                confirmed = _decode_waiting(said)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                self.bus.tell_bad(node, str(error))
+                continue
+            for tenant, user, ids in confirmed:
+                self.settle_here(tenant, user, ids)
+
+    def tell_settled(self, node: str, tenant: str, user: str, id: str) -> None:
+        """Tell a node that asked for it."""
+        self.bus.to_node(node, Settled(0, tenant, user, (id,)))
+
     async def revoke(self, tenant: str, user: str, at: float) -> None:
         """Refuse a user's tokens on all nodes, those that start later too. Raises Unavailable."""
         await self._redis.run(
@@ -581,6 +619,19 @@ class Cluster:
         for place in range(0, len(answer), 2):
             tenant, _, user = answer[place].decode().partition(_NUL)
             self.revoke_here(tenant, user, float(answer[place + 1]))
+
+    async def _revoke_again(self) -> None:
+        """Redis may have lost what was revoked, and nodes that began since never heard of it."""
+        known = self.revocations()
+        for start in range(0, len(known), REVOCATIONS_PER_CALL):
+            some = known[start : start + REVOCATIONS_PER_CALL]
+            words: list[str | float] = []
+            for tenant, user, at in some:
+                words += (at, f"{tenant}{_NUL}{user}")
+            if await self._redis.command("ZADD", self._cluster_keys.revoked, "GT", "CH", *words):
+                for each in some:
+                    self.bus.to_all(Revoked(*each))
+        self._revocations_kept = True
 
     # --- questions of the API ---
 
@@ -735,6 +786,8 @@ class _ToUser(Awaited):
 
 _NOTHING = encode_value(None)
 _NUL = "\0"
+_decode_waiting = msgspec.msgpack.Decoder(list[tuple[str, str, list[str]]]).decode
+_decode_question = msgspec.msgpack.Decoder(tuple[str, list[tuple[str, str, list[str]]]]).decode
 
 
 def _of_user(

@@ -254,6 +254,8 @@ class Replayer:
             all_sent = False
             while not all_sent and connection.state is State.OPEN:
                 await connection.outbox.drained()
+                identity = connection.identity
+                await self._writes.forget_confirmed((identity.tenant, identity.user_id))
                 others, all_sent = self._send_others(connection)
                 replayed += others
             if self._again[connection]:

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
-from notifyd.cluster.router import Cluster
+from notifyd.cluster.router import Cluster, Waiting
 from notifyd.connections.connection import Connection, Held, HeldTogether, State
 from notifyd.connections.registry import Registry
 from notifyd.dispatch.store_writes import StoreWrites
@@ -42,7 +42,7 @@ KEPT_SETTLED = 256
 
 REMEMBERED = 50_000
 """So many confirmations a node of a cluster remembers: what another node hands back to a log is not
-sent again to who has confirmed it meanwhile."""
+sent again to who has confirmed it meanwhile. It waits for as many that others asked for."""
 
 
 HeldT = TypeVar("HeldT", Held, Held | HeldTogether)
@@ -79,6 +79,8 @@ class Confirmations:
         self._writes = writes
         self._cluster = cluster
         self._remembered: dict[tuple[str, str, str], None] = {}
+        # Nodes that are to be told when these are confirmed.
+        self._asked_by: dict[tuple[str, str, str], str] = {}
         self._oldest_first: deque[Held | HeldTogether] = deque()
         self.held = 0
         # What the log has is counted apart: nothing has to go there to make room for it.
@@ -316,6 +318,25 @@ class Confirmations:
             remembered[tenant, user_id, id] = None
         while len(remembered) > REMEMBERED:
             del remembered[next(iter(remembered))]
+        if self._asked_by and self._cluster is not None:
+            for id in ids:
+                node = self._asked_by.pop((tenant, user_id, id), None)
+                if node is not None:
+                    self._cluster.tell_settled(node, tenant, user_id, id)
+
+    def was_confirmed_here(self, node: str, waiting: Waiting) -> Waiting:
+        """What of this the user has confirmed, as far as it is remembered; of the rest, that node
+        is told when he does."""
+        found = []
+        for tenant, user_id, ids in waiting:
+            confirmed = [id for id in ids if self.was_confirmed(tenant, user_id, id)]
+            if confirmed:
+                found.append((tenant, user_id, confirmed))
+            for id in set(ids).difference(confirmed):
+                self._asked_by[tenant, user_id, id] = node
+        while len(self._asked_by) > REMEMBERED:
+            del self._asked_by[next(iter(self._asked_by))]
+        return found
 
     def settle_from_elsewhere(self, tenant: str, user_id: str, ids: Sequence[str]) -> Sequence[str]:
         """A device on another node confirmed these; returns those that were held here.

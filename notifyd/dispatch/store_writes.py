@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+from notifyd.cluster.router import Waiting
 from notifyd.errors import Unavailable
 from notifyd.eventually import Eventually, is_awaitable
 from notifyd.notification import Notification
@@ -26,6 +27,8 @@ late for no fault of the store's."""
 
 RETRY_SECONDS = 0.1
 """At the end of the server, a store that is away is asked so often."""
+
+USERS_PER_QUESTION = 100
 
 
 class OnReturned(Protocol):
@@ -44,8 +47,12 @@ class StoreWrites:
 
     At most `max_waiting` notifications wait for a store that is away; the oldest are given up
     first and told to `on_lost`. `on_returned` is told when something is in the log again,
-    `on_unavailable(error)` when a note to the ledger is lost.
+    `on_unavailable(error)` when a note to the ledger is lost. `settle_confirmed(waiting)`, in a
+    cluster, settles what of it was confirmed on other nodes: a store that did not answer may have
+    taken it all the same, and they have read it there.
     """
+
+    settle_confirmed: Callable[[Waiting], Awaitable[None]] | None = None
 
     def __init__(
         self,
@@ -169,8 +176,9 @@ class StoreWrites:
         if returned and replay:
             self.on_returned(*key)
         if failed:
-            # Before what came behind it meanwhile.
+            # Before what came behind it meanwhile; and `retry` asks first what became of it.
             self._keep_homeless(key, [*failed, *self.take_homeless(*key)])
+            self._in_line.pop(key, None)
         self._let_the_next_go()
 
     def _let_the_next_go(self) -> None:
@@ -241,6 +249,13 @@ class StoreWrites:
             else:
                 taken.append(notification)
         return taken
+
+    async def forget_confirmed(self, *users: UserKey) -> None:
+        """Let go of what waits for a store that is away, and was confirmed on other nodes."""
+        if self.settle_confirmed is not None:
+            waiting = [(*key, tuple(self._homeless[key])) for key in users if key in self._homeless]
+            if waiting:
+                await self.settle_confirmed(waiting)
 
     def confirmed(self, tenant: str, user_id: str, ids: Sequence[str]) -> frozenset[str]:
         """The user confirmed these: none of them goes to his log any more. Returns those that
@@ -355,10 +370,13 @@ class StoreWrites:
         """Try again what waits, until the store fails once more: first that of one user, to see
         whether it does."""
         failures = self._failures
-        for number, key in enumerate(list(self._homeless)):
+        users = list(self._homeless)
+        for place, key in enumerate(users):
+            if place % USERS_PER_QUESTION == 0:
+                await self.forget_confirmed(*users[place : place + USERS_PER_QUESTION])
             if key not in self._storing:
                 self._store_waiting(key)
-            if not number or self._on_their_way >= MAX_ON_THEIR_WAY:
+            if not place or self._on_their_way >= MAX_ON_THEIR_WAY:
                 await self._flushed()
             if self._failures != failures:
                 return

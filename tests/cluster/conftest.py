@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -12,6 +13,7 @@ from uuid import uuid4
 import pytest
 
 from notifyd.cluster.router import Cluster
+from notifyd.queue.redis_keys import bucket_of, member
 from tests.cluster.processes import NodeProcess
 from tests.front_door import Host, running, settings_of, until
 
@@ -72,6 +74,13 @@ def cluster_of(host: Host) -> Cluster:
     cluster = host.notifyd.cluster
     assert cluster is not None
     return cluster
+
+
+def beside(user_id: str, tenant: str = "default") -> str:
+    """Another user, who is kept in the same bucket."""
+    bucket = bucket_of(member(tenant, user_id))
+    names = (f"{user_id}-{number}" for number in count())
+    return next(name for name in names if bucket_of(member(tenant, name)) == bucket)
 
 
 @pytest.fixture

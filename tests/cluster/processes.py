@@ -20,6 +20,7 @@ from tests.front_door import (
     SECRET,
     WAIT,
     Message,
+    SseListener,
     WebSocketListener,
     token,
 )
@@ -165,5 +166,17 @@ class NodeProcess:
             close_timeout=WAIT,
         )
         listener = WebSocketListener(connection)
+        listener.connected = await listener.expect("connected")
+        return listener
+
+    async def sse(self, user_id: str, query: str = "") -> SseListener:
+        """Open a stream of a user."""
+        stack = contextlib.AsyncExitStack()
+        headers = {"Authorization": f"Bearer {token(user_id)}"}
+        response = await stack.enter_async_context(
+            self._http.stream("GET", f"{self.url}/sse{query}", headers=headers)
+        )
+        assert response.status_code == 200, await response.aread()
+        listener = SseListener(response, stack)
         listener.connected = await listener.expect("connected")
         return listener

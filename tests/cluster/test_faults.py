@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from statistics import median
 from typing import Any
@@ -19,9 +19,16 @@ from notifyd.cluster.messages import KINDS, encode, wired
 from notifyd.errors import Unavailable
 from notifyd.eventually import settled
 from notifyd.notification import Notification
-from tests.cluster.conftest import StartNodes, _starter, cluster_of
-from tests.front_door import Host, channel, until, user
-from tests.stores import RedisServer
+from notifyd.queue.redis_keys import bucket_of, member
+from tests.cluster.conftest import (
+    StartNodes,
+    _starter,
+    beside,
+    cluster_of,
+    knowing_each_other,
+)
+from tests.front_door import WAIT, Host, channel, token, until, user
+from tests.stores import RedisServer, proxy
 
 pack = msgspec.msgpack.encode
 
@@ -79,15 +86,113 @@ async def test_local_deliveries_go_on_while_redis_hangs_and_the_cluster_is_whole
         got.append(await there.receive())
 
 
-async def test_a_redis_that_lost_everything_learns_who_is_where(
-    start_breakable: StartNodes, redis_server: RedisServer
+def lose_everything(server: RedisServer, node: Host) -> None:
+    server.command("FLUSHALL")
+
+
+def lose_users(server: RedisServer, node: Host) -> None:
+    """As when their node is silent for as long as its lease."""
+    cluster = cluster_of(node)
+    for bucket in cluster._keys.buckets:
+        server.command("DEL", bucket.on + cluster.id)
+
+
+def lose_place(server: RedisServer, node: Host) -> None:
+    cluster = cluster_of(node)
+    for bucket in cluster._keys.buckets:
+        server.command("ZREM", bucket.nodes, cluster.id)
+
+
+Lose = Callable[[RedisServer, Host], None]
+
+
+@pytest.mark.parametrize("lose", [lose_everything, lose_users, lose_place])
+async def test_a_redis_that_lost_who_is_where_learns_it(
+    start_breakable: StartNodes, redis_server: RedisServer, lose: Lose
 ) -> None:
     nodes = await start_breakable(2)
-    await nodes[1].websocket("anna")
-    redis_server.command("FLUSHALL")
-    assert (await nodes[0].publish(user("anna")))["outcome"] == "queued"
-    deadline = time.monotonic() + 5
-    while (await nodes[0].publish(user("anna")))["outcome"] == "queued":
+    anna = await nodes[1].websocket("anna")
+    await anna.nothing_came()
+    lose(redis_server, nodes[1])
+    queued = await nodes[0].publish(user("anna"))
+    assert queued["outcome"] == "queued"
+    # The subscriptions live on, so that nothing but presence tells node and user of one another.
+    assert (await anna.expect("notification"))["id"] == queued["notification_id"]
+    await delivered_again(nodes[0], "anna")
+
+
+@pytest.mark.parametrize("lose", [lose_everything, lose_users])
+async def test_a_redis_that_learned_of_a_newcomer_alone_learns_of_the_others(
+    start_breakable: StartNodes,
+    redis_server: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
+    lose: Lose,
+) -> None:
+    nodes = await start_breakable(2)
+    anna = await nodes[1].websocket("anna")
+    await anna.nothing_came()
+    with monkeypatch.context() as between_renewals:
+        between_renewals.setattr(cluster_of(nodes[1]).presence, "renew", nothing_renewed)
+        lose(redis_server, nodes[1])
+        await nodes[1].websocket(beside("anna"))
+        queued = await nodes[0].publish(user("anna"))
+        assert queued["outcome"] == "queued"
+    assert (await anna.expect("notification"))["id"] == queued["notification_id"]
+    await delivered_again(nodes[0], "anna")
+
+
+def lose_revocations(server: RedisServer, node: Host) -> None:
+    assert server.command("DEL", cluster_of(node)._cluster_keys.revoked)
+
+
+@pytest.mark.parametrize("lose", [lose_everything, lose_revocations])
+async def test_what_is_revoked_is_known_to_later_nodes_though_redis_lost_it(
+    start_breakable: StartNodes, redis_server: RedisServer, lose: Lose
+) -> None:
+    (node,) = await start_breakable(1)
+    old = token("anna")
+    await node.post("/api/v1/users/anna/disconnect", {"revoke": True})
+    node.notifyd.verifier.revoke_all("acme", 4e9)
+    lose(redis_server, node)
+
+    async def status(host: Host) -> int:
+        acks = {"notification_ids": [str(uuid4())]}
+        header = {"Authorization": f"Bearer {old}"}
+        return (await host.post("/api/v1/acks", acks, key=None, headers=header)).status_code
+
+    # One that begins before it is there again is told, one that begins after finds it.
+    (second,) = await start_breakable(1)
+    deadline = time.monotonic() + WAIT
+    while await status(second) != 401:
+        assert time.monotonic() < deadline
+    (third,) = await start_breakable(1)
+    assert await status(third) == 401
+    known = {(tenant, user_id) for tenant, user_id, _ in third.notifyd.verifier.revocations()}
+    assert known == {("default", "anna"), ("acme", "")}
+
+
+async def test_a_short_lease_does_not_end_the_longer_ones_of_other_nodes(
+    start_breakable: StartNodes, redis_server: RedisServer
+) -> None:
+    (patient,) = await start_breakable(1, cluster={"presence_ttl_seconds": 60})
+    (hasty,) = await start_breakable(1)
+    await patient.websocket("anna")
+    await hasty.websocket(beside("anna"))
+    cluster = cluster_of(hasty)
+    await cluster.nodes.beat()
+    bucket = cluster._keys.buckets[bucket_of(member("default", "anna"))]
+    keys = (bucket.nodes, cluster._cluster_keys.nodes, cluster._cluster_keys.said)
+    assert all(redis_server.command("PTTL", key) > 60_000 for key in keys)
+
+
+async def nothing_renewed() -> None:
+    pass
+
+
+async def delivered_again(node: Host, user_id: str) -> None:
+    """Redis knows where he is."""
+    deadline = time.monotonic() + WAIT
+    while (await node.publish(user(user_id), ttl=0))["outcome"] == "nobody":
         assert time.monotonic() < deadline
 
 
@@ -103,32 +208,58 @@ async def test_what_is_queued_while_a_node_hears_nothing_is_replayed_when_it_doe
     await anna.nothing_came()
 
 
+@pytest.mark.parametrize(
+    "target", [user("anna"), {"type": "users", "value": ["anna", "carl", "nobody"]}]
+)
 async def test_a_node_that_does_not_answer_in_time_gives_routed_and_nothing_is_lost(
-    nodes: list[Host], monkeypatch: pytest.MonkeyPatch
+    nodes: list[Host], monkeypatch: pytest.MonkeyPatch, target: dict[str, Any]
 ) -> None:
     anna = await nodes[1].websocket("anna")
+    await nodes[1].websocket("carl")
+    monkeypatch.setattr("notifyd.cluster.bus.AFTER_SECONDS", 0.1)
     await nodes[1].listen("websocket", "ben", "news")
     there = cluster_of(nodes[1]).bus
     with monkeypatch.context() as deaf:
         deaf.setattr(there, "to_node", lambda node, body: None)
         started = time.monotonic()
-        answer = await nodes[0].publish(user("anna"))
-        assert (answer["outcome"], answer["routed"], answer["delivered_to"]) == ("routed", 1, 0)
+        answer = await nodes[0].publish(target)
+        routed = 1 if target["type"] == "user" else 2
+        assert (answer["outcome"], answer["routed"]) == ("routed", routed)
+        assert answer["delivered_to"] == 0
         assert 0.15 < time.monotonic() - started < 5
         answer = await nodes[0].publish(channel("news"))
         assert (answer["outcome"], answer["routed"]) == ("routed", 1)
     await anna.expect("notification")
     # Once it counts as lost it goes to the log; who has it by then gets it not twice.
-    monkeypatch.setattr("notifyd.cluster.bus.AFTER_SECONDS", 0.1)
     with monkeypatch.context() as lost:
         lost.setattr(
             cluster_of(nodes[1]).receiver, "take_for_users", lambda *a, **how: [("nobody", 0)]
         )
         lost.setattr(there, "to_node", lambda node, body: None)
-        answer = await nodes[0].publish(user("anna"))
+        answer = await nodes[0].publish(target)
         assert answer["outcome"] == "routed"
     got = await anna.expect("notification")
     assert (got["id"], got["metadata"]["replayed"]) == (answer["notification_id"], True)
+
+
+@pytest.mark.parametrize(
+    "target", [channel("news"), {"type": "channels", "value": ["news", "x"]}, {"type": "broadcast"}]
+)
+async def test_what_redis_was_slow_to_pass_on_is_routed(
+    start_breakable: StartNodes, redis_server: RedisServer, target: dict[str, Any]
+) -> None:
+    async with proxy(redis_server.port) as slow:
+        url = f"redis://127.0.0.1:{slow.port}/0"
+        (here,) = await start_breakable(1, redis={"url": url, "command_timeout_seconds": WAIT})
+        (there,) = await start_breakable(1)
+        await knowing_each_other([here, there])
+        anna = await there.listen("websocket", "anna", "news")
+        slow.hold()
+        answer = await here.publish(target)
+        assert (answer["outcome"], answer["routed"], answer["success"]) == ("routed", 1, True)
+        slow.release()
+        assert (await anna.expect("notification"))["id"] == answer["notification_id"]
+        await here.stop()
 
 
 async def say(server: RedisServer, channel_name: str, what: list[bytes]) -> None:
@@ -176,8 +307,23 @@ def shapes() -> list[tuple[str, bytes]]:
         ("shape", routed(tenant=7)),
         ("shape", routed(users="anna")),
         ("shape", routed(notification=None)),
-        ("failed", routed(notification=msgspec.structs.replace(notification, at=float("nan")))),
+        # Over the limit with what goes with it.
+        ("failed", payload(b'"' + b"x" * 65_500 + b'"')),
     ]
+    wrong: list[dict[str, Any]] = [
+        {"at": float("nan")},
+        {"at": float("inf")},
+        {"at": 1e300},
+        {"at": -1.0},
+        {"id": "not-a-uuid"},
+        {"id": "x" * 36},
+        {"event": ""},
+        {"event": "e" * 129},
+        {"payload": b'"' + b"x" * 65_535 + b'"'},
+    ]
+    for changed in wrong:
+        content = msgspec.structs.replace(notification, **changed)
+        bad.append(("shape", routed(notification=content)))
     for kind in KINDS:
         if kind != "alive":
             bad.append(("shape", item(kind, [])))
@@ -258,20 +404,6 @@ async def test_who_is_sent_more_behind_a_silent_node_waits_no_longer_than_the_fi
         assert time.monotonic() - started < 1
 
 
-async def test_what_was_queued_before_redis_knew_where_a_user_is_reaches_him_then(
-    start_breakable: StartNodes, redis_server: RedisServer
-) -> None:
-    nodes = await start_breakable(2)
-    anna = await nodes[1].websocket("anna")
-    await anna.nothing_came()
-    redis_server.command("FLUSHALL")
-    answer = await nodes[0].publish(user("anna"))
-    assert answer["outcome"] == "queued"
-    # The subscriptions live on, so that nothing but presence tells node and user of one another.
-    got = await anna.expect("notification")
-    assert got["id"] == answer["notification_id"]
-
-
 async def test_what_a_silent_node_lost_is_not_lost_with_the_end_of_the_sender(
     nodes: list[Host], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,3 +471,53 @@ async def test_what_a_node_queued_while_redis_was_away_for_it_alone_is_told_late
         assert answer["outcome"] == "queued"
     got = await anna.expect("notification")
     assert got["id"] == answer["notification_id"]
+
+
+@pytest.mark.parametrize("confirmed", ["before", "after"])
+@pytest.mark.parametrize("comes_back", ["to the store", "to the user"])
+async def test_what_was_confirmed_is_not_stored_again_where_the_store_did_not_say_that_it_has_it(
+    nodes: list[Host], monkeypatch: pytest.MonkeyPatch, confirmed: str, comes_back: str
+) -> None:
+    anna = await nodes[0].raw_websocket("anna", query="acks=1")
+    sent = await nodes[0].publish(user("anna"))
+    assert (await anna.receive())["id"] == sent["notification_id"]
+    (logs, writes), there = (nodes[0].notifyd._logs, nodes[0].notifyd._writes), nodes[1].notifyd
+    assert logs is not None
+    with monkeypatch.context() as away:
+        if confirmed == "before":
+            away.setattr(writes, "retry", nothing_renewed)
+        enqueue = logs.enqueue
+
+        async def enqueue_unheard(*given: Any) -> Any:
+            away.setattr(logs, "enqueue", unavailable)
+            await settled(enqueue(*given))
+            raise Unavailable("no answer", retry_after=1)
+
+        async def unavailable(*given: Any) -> Any:
+            raise Unavailable("away", retry_after=1)
+
+        away.setattr(logs, "enqueue", enqueue_unheard)
+        anna.vanish()
+        await until(lambda: writes.has_homeless("default", "anna"), "what nobody knows of")
+        elsewhere = await nodes[1].websocket("anna", query="acks=1")
+        assert (await elsewhere.expect("notification"))["id"] == sent["notification_id"]
+        await elsewhere.expect("caught_up")
+        if confirmed == "after":
+            await until(lambda: bool(there._confirmations._asked_by), "the question")
+            away.setattr(writes, "retry", nothing_renewed)
+        assert (await elsewhere.ack(sent["notification_id"]))["type"] == "acked"
+        await elsewhere.close()
+        if confirmed == "after":
+            await until(lambda: not writes.has_homeless("default", "anna"), "the answer")
+        if comes_back == "to the user":
+            await nothing_is_replayed(nodes[0])
+    await writes.retry()
+    await nothing_is_replayed(nodes[2])
+
+
+async def nothing_is_replayed(node: Host) -> None:
+    again = await node.websocket("anna")
+    (connection,) = node.notifyd.lifecycle.registry.tenant("default").of_user("anna")
+    await until(lambda: not connection.outbox.holds_back, "the end of her replay")
+    await again.nothing_came()
+    await again.close()

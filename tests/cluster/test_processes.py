@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import time
 from collections import Counter
 from typing import Any
@@ -12,9 +13,9 @@ import httpx
 import pytest
 from websockets.exceptions import WebSocketException
 
-from tests.cluster.conftest import StartProcesses
-from tests.cluster.processes import NodeProcess
-from tests.front_door import WebSocketListener, channel, until, user
+from tests.cluster.conftest import StartProcesses, beside
+from tests.cluster.processes import START_SECONDS, NodeProcess
+from tests.front_door import WebSocketListener, channel, token, until, user
 
 PRESENCE_TTL = 3.0
 
@@ -45,6 +46,26 @@ async def test_every_target_from_any_process_reaches_every_connection_once(
         await listener.nothing_came()
 
 
+async def test_streams_are_served_from_other_processes_too(start_processes: StartProcesses) -> None:
+    nodes = await start_processes(2)
+    stream = await nodes[0].sse("anna", "?channels=news")
+    await stream.expect("subscribed")
+    targets = (channel("news"), user("anna"), {"type": "users", "value": ["anna", "ben"]})
+    sent = []
+    for target in targets:
+        answer = await nodes[1].publish(target)
+        assert (answer["outcome"], answer["delivered_to"]) == ("delivered", 1)
+        sent.append(answer["notification_id"])
+    assert [each["id"] for each in await stream.notifications(3)] == sent
+    await stream.close()
+    # What it had not confirmed is in the queue of its user, and comes over there.
+    again = await nodes[1].sse("anna")
+    got = await again.notifications(2)
+    assert [each["id"] for each in got] == sent[1:]
+    assert all(each["metadata"]["replayed"] for each in got)
+    await again.close()
+
+
 @pytest.mark.parametrize("mode", ["offline", "always"])
 async def test_the_users_of_a_killed_node_are_offline_within_the_lease(
     start_processes: StartProcesses, mode: str
@@ -71,6 +92,48 @@ async def test_the_users_of_a_killed_node_are_offline_within_the_lease(
     got = [each["id"] for each in await again.notifications(len(expected) + 1)]
     assert got[:-1] == expected
     await again.expect("caught_up")
+
+
+async def test_the_users_of_a_node_that_was_frozen_are_found_again(
+    start_processes: StartProcesses,
+) -> None:
+    frozen, other = await start_processes(
+        2, NOTIFYD_CLUSTER__PRESENCE_TTL_SECONDS="1", NOTIFYD_WEBSOCKET__HEARTBEAT_INTERVAL="0.5"
+    )
+    anna = await frozen.websocket("anna")
+    frozen.signal(signal.SIGSTOP)
+    deadline = time.monotonic() + START_SECONDS
+    while (await other.call("GET", "/api/v1/cluster/users/anna")).json()["connections"]:
+        assert time.monotonic() < deadline
+    queued = await other.publish(user("anna"))
+    assert queued["outcome"] == "queued"
+    # Whoever comes to a node that was frozen may come before it renews anything.
+    asked = [await asked_for_a_websocket(frozen, name) for name in (beside("anna"), "ben", "carl")]
+    frozen.signal(signal.SIGCONT)
+    for reader, _ in asked:
+        assert (await reader.readline()).startswith(b"HTTP/1.1 101 ")
+    while (got := await anna.receive())["type"] == "gap":
+        pass  # Calls that Redis answered while the node was frozen took too long.
+    assert got["id"] == queued["notification_id"]
+    while (await other.publish(user("anna"), ttl=0))["outcome"] == "nobody":
+        assert time.monotonic() < deadline
+    for _, writer in asked:
+        writer.close()
+        await writer.wait_closed()
+
+
+async def asked_for_a_websocket(
+    node: NodeProcess, user_id: str
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """What answers a handshake that the system has taken in, whether the node is awake or not."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", node.port)
+    writer.write(
+        f"GET /ws?token={token(user_id)} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n"
+        "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
+    )
+    await writer.drain()
+    return reader, writer
 
 
 class Follower:

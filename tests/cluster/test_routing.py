@@ -6,9 +6,11 @@ import asyncio
 from typing import Any
 
 import pytest
+from websockets.exceptions import InvalidStatus
 
-from tests.cluster.conftest import StartNodes
-from tests.front_door import Host, Transport, channel, token, until, user
+from notifyd.eventually import settled
+from tests.cluster.conftest import StartNodes, cluster_of
+from tests.front_door import WAIT, Host, Message, Transport, channel, token, until, user
 
 
 @pytest.mark.parametrize("sender", [0, 1, 2])
@@ -198,3 +200,142 @@ async def test_connecting_and_enqueuing_race_and_nothing_is_lost(nodes: list[Hos
                 group.create_task(
                     nodes[(number + 1) % 3].publish(user(f"u{number}"), payload=number)
                 )
+
+
+async def test_what_nodes_say_to_each_other_is_of_the_tenant_that_it_is_of(
+    start_nodes: StartNodes,
+) -> None:
+    nodes = await start_nodes(2, tenant={"enabled": True})
+    of_acme = {"X-Tenant-ID": "acme"}
+    jwt = token("anna", tenant_id="acme")
+    here = await nodes[0].websocket(jwt=jwt, query="acks=1")
+    there = await nodes[1].websocket(jwt=jwt, query="acks=1")
+    strangers = [
+        await nodes[1].websocket(jwt=token("anna", tenant_id=name))
+        for name in ("default", "globex")
+    ]
+    for connection in (here, there, *strangers):
+        await connection.subscribe("news")
+
+    async def publish(target: dict[str, Any]) -> Message:
+        body = {"target": target, "event_type": "e", "payload": 1}
+        answer = await nodes[0].post("/api/v1/notifications", body, headers=of_acme)
+        message: Message = answer.json()
+        assert (message["outcome"], message["delivered_to"]) == ("delivered", 2)
+        await here.expect("notification")
+        await there.expect("notification")
+        return message
+
+    await publish(channel("news"))
+    sent = await publish(user("anna"))
+    assert (await here.ack(sent["notification_id"]))["type"] == "acked"
+    (held,) = nodes[1].notifyd.lifecycle.registry.tenant("acme").of_user("anna")
+    await until(lambda: held.unconfirmed is None, "the settlement")
+
+    # What a device did not confirm goes to those elsewhere that came later.
+    await there.close()
+    answer = await nodes[0].post(
+        "/api/v1/notifications",
+        {"target": user("anna"), "event_type": "e", "payload": 2},
+        headers=of_acme,
+    )
+    assert answer.json()["delivered_to"] == 1
+    await here.expect("notification")
+    later = await nodes[1].websocket(jwt=jwt)
+    await later.nothing_came()
+    await here.close()
+    got = await later.expect("notification")
+    assert got["id"] == answer.json()["notification_id"]
+
+    for stranger in strangers:
+        await stranger.nothing_came()
+    # The other node is told of it in the order in which it was said.
+    path = "/api/v1/users/anna/disconnect"
+    answer = await nodes[0].post(path, {"revoke": True}, headers=of_acme)
+    assert answer.json()["disconnected"] == 1
+    with pytest.raises(InvalidStatus) as refused:
+        await nodes[1].websocket(jwt=jwt)
+    assert refused.value.response.status_code == 401
+    await nodes[1].websocket(jwt=token("anna", tenant_id="globex"))
+
+
+async def test_a_log_is_read_when_others_can_find_its_user(
+    start_nodes: StartNodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = await start_nodes(2)
+    cluster = cluster_of(nodes[1])
+    redis, presence = cluster._redis, cluster.presence
+    run = redis.run
+    known = asyncio.Event()
+
+    def run_late(script: Any, *given: Any) -> Any:
+        async def late() -> Any:
+            await known.wait()
+            return await run(script, *given)
+
+        return asyncio.ensure_future(late()) if script is presence._write else run(script, *given)
+
+    monkeypatch.setattr(redis, "run", run_late)
+    monkeypatch.setattr("notifyd.connections.replay.STORE_SECONDS", WAIT)
+    anna = await nodes[1].websocket("anna")
+    sent = await nodes[0].publish(user("anna"))
+    assert sent["outcome"] == "queued"
+    known.set()
+    assert (await anna.expect("notification"))["id"] == sent["notification_id"]
+
+
+async def test_who_came_while_something_was_queued_for_him_is_replayed_to(
+    start_nodes: StartNodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = await start_nodes(2)
+    logs = nodes[0].notifyd._logs
+    assert logs is not None
+    enqueue = logs.enqueue
+    asked, came = asyncio.Event(), asyncio.Event()
+
+    async def enqueue_later(*given: Any) -> Any:
+        asked.set()
+        await came.wait()
+        return await settled(enqueue(*given))
+
+    monkeypatch.setattr(logs, "enqueue", enqueue_later)
+    sending = asyncio.ensure_future(nodes[0].publish(user("anna")))
+    await asked.wait()
+    anna = await nodes[1].websocket("anna")
+    (connection,) = nodes[1].notifyd.lifecycle.registry.tenant("default").of_user("anna")
+    await until(lambda: not connection.outbox.holds_back, "the end of her replay")
+    came.set()
+    sent = await sending
+    assert sent["outcome"] == "queued"
+    assert (await anna.expect("notification"))["id"] == sent["notification_id"]
+
+
+async def test_nodes_that_queue_in_postgres_are_one_server(
+    start_nodes: StartNodes, postgres_url: str
+) -> None:
+    nodes = await start_nodes(
+        2,
+        queue={"backend": "postgres"},
+        ack={"backend": "postgres"},
+        postgres={"url": postgres_url},
+    )
+    queued = await nodes[0].publish(user("anna"))
+    assert queued["outcome"] == "queued"
+    first = await nodes[1].websocket("anna", query="acks=1")
+    assert (await first.expect("notification"))["id"] == queued["notification_id"]
+    await first.expect("caught_up")
+    assert (await first.ack(queued["notification_id"]))["type"] == "acked"
+    sent = await nodes[0].publish(user("anna"))
+    assert (sent["outcome"], sent["delivered_to"]) == ("delivered", 1)
+    await first.expect("notification")
+    second = await nodes[0].websocket("anna", query="acks=1")
+    await second.nothing_came()
+    await first.close()
+    got = await second.expect("notification")
+    assert (got["id"], got["metadata"]["replayed"]) == (sent["notification_id"], True)
+    assert (await second.ack(sent["notification_id"]))["type"] == "acked"
+    acks = await nodes[1].get(f"/api/v1/notifications/{sent['notification_id']}/acks")
+    assert acks.json()["confirmed"] == 1
+    await second.close()
+    later = await nodes[1].websocket("anna")
+    await later.nothing_came()

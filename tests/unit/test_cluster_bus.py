@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any, cast
 from uuid import uuid4
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from notifyd.cluster import bus as bus_module
 from notifyd.cluster.bus import Awaited, Bus
-from notifyd.cluster.messages import Answer, Held, Incoming, Spread, Told, encode_value, wired
+from notifyd.cluster.messages import (
+    Answer,
+    Body,
+    Held,
+    Incoming,
+    Reached,
+    Replay,
+    Routed,
+    Spread,
+    Told,
+    encode,
+    encode_value,
+    wired,
+)
 from notifyd.metrics import Metrics
 from notifyd.notification import Notification
 from notifyd.queue.redis_keys import RedisKeys
@@ -40,20 +55,27 @@ def redis() -> FakeRedis:
     return FakeRedis()
 
 
-@pytest.fixture
-async def bus(redis: FakeRedis) -> Bus:
+def a_bus(
+    redis: FakeRedis, receive: Callable[[Incoming, Body], None], metrics: Metrics | None = None
+) -> Bus:
     """A bus that hears nobody by itself."""
     made = Bus(
         cast(Redis, redis),
         RedisKeys("test").cluster(0),
         "node",
-        Metrics(),
-        receive=lambda incoming, body: None,
+        metrics or Metrics(),
+        receive=receive,
         on_up=lambda up: None,
     )
     made.run().close()
     made._subscriber.up = True
     return made
+
+
+@pytest.fixture
+async def bus(redis: FakeRedis) -> Bus:
+    """A bus that hears nobody by itself."""
+    return a_bus(redis, lambda incoming, body: None)
 
 
 def nothing(awaited: Awaited) -> None:
@@ -122,3 +144,55 @@ async def test_an_answer_that_is_too_long_costs_nobody_his_subscription(
     await asyncio.sleep(0)
     (data,) = redis.published
     assert Incoming(data).body(0) == Held(2, ())
+
+
+@pytest.mark.parametrize(
+    "long",
+    [{"names": tuple(f"channel-{n:050}" for n in range(100))}, {"values": ("x" * 250,) * 90}],
+)
+async def test_names_and_members_of_audiences_count_as_what_is_long(
+    bus: Bus, redis: FakeRedis, long: dict[str, Any]
+) -> None:
+    content = wired(Notification(str(uuid4()), 1.0, "e", msgspec.Raw(b"1")))
+    content = msgspec.structs.replace(content, values=long.get("values", ()))
+    body = Spread(1, "default", "channels", long.get("names", ()), content)
+    for _ in range(1000):
+        bus.to_all(body)
+    await asyncio.sleep(0)
+    assert max(map(len, redis.published)) < 2 * bus_module.MAX_TOGETHER_BYTES
+    assert sum(len(Incoming(data)) for data in redis.published) == 1000
+
+
+async def test_nothing_that_is_too_long_is_sent_to_anybody(bus: Bus, redis: FakeRedis) -> None:
+    content = wired(Notification(str(uuid4()), 1.0, "e", msgspec.Raw(b"1")))
+    long = msgspec.structs.replace(content, values=("x" * MAX_MESSAGE_BYTES,))
+    spread = Spread(1, "default", "broadcast", (), content)
+    waiting = bus.await_answers(Reached, nothing)
+    bus.to_all(msgspec.structs.replace(spread, notification=long), waiting)
+    bus.to_all(spread)
+    told: list[bool] = []
+    routed = Routed(1, "default", ("anna",), long)
+    bus.now_to("other", routed, several=False, done=told.append)
+    assert bus.encoded(routed) is None
+    await asyncio.sleep(0)
+    (data,) = redis.published
+    assert Incoming(data).body(0) == spread
+    assert (waiting.expected, told) == (0, [False])
+
+
+async def test_what_makes_a_node_fail_is_logged_once_a_minute(
+    redis: FakeRedis,
+) -> None:
+    def fail(incoming: Incoming, body: Body) -> None:
+        raise KeyError("a fault of ours")
+
+    metrics = Metrics()
+    bus = a_bus(redis, fail, metrics)
+    message = b"\0" + encode("x" * 1000, [Replay("default", ("anna",))] * 100)
+    with capture_logs() as logs:
+        for _ in range(10):
+            bus._heard(b"", b"", message)
+    (entry,) = logs
+    assert (entry["exc_info"], entry["error"]) == (True, "'a fault of ours'")
+    assert len(entry["node"]) == 100
+    assert metrics.cluster_bad_messages_total.labels("failed").value == 1000
