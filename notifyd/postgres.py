@@ -13,6 +13,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.resources.abc import Traversable
 from typing import Any, Generic, NoReturn, Protocol, TypeAlias, TypeVar
 
@@ -21,7 +22,7 @@ import msgspec
 import structlog
 
 from notifyd.errors import ConfigurationError, Unavailable
-from notifyd.resilience import CircuitBreaker, Guarded
+from notifyd.resilience import BreakerState, CircuitBreaker, Guarded
 
 T = TypeVar("T")
 
@@ -33,8 +34,13 @@ _MIGRATION_LOCK = 0x6E6F7469667964  # "notifyd"
 _MIGRATION_NAME = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
 _QUERY_NAME = re.compile(r"^-- name: ([a-z_]+)$", re.MULTILINE)
 _LOG_SECONDS = 60.0
+_LATE_SECONDS = 0.1
 CLOSE_SECONDS = 2.0
 """How long the end of the server waits for answers that nobody else waits for."""
+
+MAX_WAITING_BYTES = 32 * 1024 * 1024
+"""What may wait in one line for a transaction, as `Answerable.weight` counts it; beyond, calls are
+refused."""
 
 _DRIVER_FAILURES: tuple[type[Exception], ...] = (
     asyncpg.PostgresError,
@@ -42,6 +48,14 @@ _DRIVER_FAILURES: tuple[type[Exception], ...] = (
     asyncpg.InternalClientError,
 )
 _FAILURES: tuple[type[Exception], ...] = (*_DRIVER_FAILURES, OSError, TimeoutError)
+# What ends a connection and says nothing of the server behind it.
+_LOST: tuple[type[Exception], ...] = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.InterfaceError,
+    ConnectionError,
+)
 _CANNOT_START: tuple[type[Exception], ...] = (*_FAILURES, ValueError)
 
 Connection: TypeAlias = "asyncpg.pool.PoolConnectionProxy"
@@ -199,41 +213,55 @@ class Postgres:
     async def transaction(self, work: Callable[[Connection], Awaitable[T]], *, calls: int = 1) -> T:
         """Do `work` in one transaction and return what it returned once that is committed.
 
-        `calls` says how many calls it answers: so often the breaker counts a failure. Raises
-        Unavailable where the database does not answer in time, refuses, or the breaker is open;
-        the connection is closed then and not used again. Cancelled, the same.
+        `calls` says how many calls it answers: so often the breaker counts a failure, but for the
+        loss of the connection they were on, which is one. Raises Unavailable where the database
+        does not answer in time, refuses, or the breaker is open; the connection is closed then and
+        not used again. Cancelled, the same.
         """
         breaker = self.breaker
         period = breaker.period
-        asked = False
+        asked = begun = False
 
         async def run() -> T:
             nonlocal asked
             asked = True
-            return await self._run(work)
+            return await self._run(begin)
+
+        async def begin(connection: Connection) -> T:
+            nonlocal begun
+            begun = True
+            return await work(connection)
 
         try:
             return await self._guarded.call(run, self._timeout)
-        except Unavailable:
-            if asked:
-                for _ in range(calls - 1):
-                    if breaker.period != period:
-                        break
-                    breaker.failed(period)
+        except Unavailable as error:
+            if asked and not (begun and isinstance(error.__cause__, _LOST)):
+                self._count_failures(calls - 1, period)
             raise
+
+    def _count_failures(self, calls: int, period: int) -> None:
+        breaker = self.breaker
+        for _ in range(calls):
+            if breaker.period != period:
+                break
+            breaker.failed(period)
+
+    def _hung(self, calls: int) -> None:
+        """So many more calls failed because of one that was not answered in time."""
+        if self.breaker.state is BreakerState.CLOSED:
+            self._count_failures(calls, self.breaker.period)
 
     async def _run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         pool = self._pool
         if pool is None:
             raise Unavailable("PostgreSQL is not connected.", retry_after=1)
-        connection = await pool.acquire()
+        connection = await self._begun(pool)
         try:
-            await connection.execute(self._begin)
             answer = await work(connection)
             await connection.execute("COMMIT")
         except BaseException as error:
             # Whatever it was, nobody knows what the connection is in the middle of.
-            connection.terminate()
+            _terminate(connection)
             if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
                 # The others lead to the same server, which is a primary no longer.
                 await pool.expire_connections()
@@ -242,6 +270,42 @@ class Postgres:
             await pool.release(connection)
         self.up = True
         return answer
+
+    async def _begun(self, pool: asyncpg.Pool) -> Connection:
+        """A connection with a transaction begun. One that was lost while it was idle shows only
+        now, when nothing was done with it yet: once, a new one takes its place."""
+        try:
+            return await self._begun_on(await pool.acquire(), pool)
+        except _LOST:
+            # The others may be as dead.
+            await pool.expire_connections()
+        return await self._begun_on(await pool.acquire(), pool)
+
+    async def _begun_on(self, connection: Connection, pool: asyncpg.Pool) -> Connection:
+        try:
+            await connection.execute(self._begin)
+        except BaseException:
+            _terminate(connection)
+            await pool.release(connection)
+            raise
+        return connection
+
+    def turn(
+        self,
+        answer: Callable[[Sequence[C]], Awaitable[None]],
+        *,
+        take: Callable[[deque[C]], Sequence[C]],
+        at_once: int = 1,
+    ) -> Turn[C]:
+        """A line of calls that `answer` answers in transactions here; see `Turn`."""
+        return Turn(
+            answer,
+            take=take,
+            # One that hangs is found out before those behind it give up.
+            timeout=self._timeout + _LATE_SECONDS,
+            at_once=at_once,
+            on_hung=self._hung,
+        )
 
     def _failed(self, error: Exception) -> None:
         self.up = False
@@ -310,13 +374,19 @@ class Postgres:
                     answer = await work(connection)
                     await connection.execute("COMMIT")
                 except BaseException:
-                    connection.terminate()
+                    _terminate(connection)
                     raise
         except _FAILURES as error:
             raise ConfigurationError(
                 f"postgres: the schema cannot be read or migrated: {_text(error)}."
             ) from error
         return answer
+
+
+def _terminate(connection: Connection) -> None:
+    # The pool has taken back one that was lost; that is not what anybody wants to be told.
+    with suppress(asyncpg.InterfaceError):
+        connection.terminate()
 
 
 def _text(error: BaseException) -> str:
@@ -329,9 +399,17 @@ def _text(error: BaseException) -> str:
 class Answerable(Protocol):
     """A call whose answer somebody may wait for."""
 
+    deadline: float
+    """When it is given up where it waits still, on the clock of the event loop."""
+
     @property
     def future(self) -> asyncio.Future[Any]:
         """Where the answer goes."""
+        ...
+
+    @property
+    def weight(self) -> int:
+        """What it takes of memory, in bytes, about."""
         ...
 
 
@@ -343,8 +421,9 @@ class Turn(Generic[C]):
 
     `answer` answers a batch by setting the results of its futures; `at_once` batches are at work
     at a time, each with what `take` takes off the waiting calls (at least one). With one at a time
-    calls are answered in their order. When the store hangs, those that waited behind the batch
-    that timed out fail with it.
+    calls are answered in their order, as far as `take` keeps it. A call waits `timeout` seconds at
+    most, and then fails with Unavailable. When the store hangs, those that waited behind the batch
+    that timed out fail with it; `on_hung` is told how many.
     """
 
     def __init__(
@@ -352,26 +431,66 @@ class Turn(Generic[C]):
         answer: Callable[[Sequence[C]], Awaitable[None]],
         *,
         take: Callable[[deque[C]], Sequence[C]],
+        timeout: float,
         at_once: int = 1,
+        on_hung: Callable[[int], None] = lambda calls: None,
     ) -> None:
+        self.weight = 0
+        """Of all calls that wait, in bytes."""
         self._answer = answer
         self._take = take
+        self._timeout = timeout
         self._at_once = at_once
+        self._on_hung = on_hung
         self._waiting: deque[C] = deque()
+        self._timer: asyncio.TimerHandle | None = None
         self._scheduled = False
         self._at_work: dict[asyncio.Task[None], Sequence[C]] = {}
 
-    def add(self, call: C) -> None:
-        """Let a call take part in the next batch."""
+    def add(self, call: C, *, most: int = MAX_WAITING_BYTES) -> None:
+        """Let a call take part in the next batch.
+
+        Raises Unavailable where those that wait are `most` bytes with it; one alone has room.
+        """
+        weight = call.weight
+        if self._waiting and self.weight + weight > most:
+            raise _too_slow()
+        loop = asyncio.get_running_loop()
+        call.deadline = loop.time() + self._timeout
+        self.weight += weight
         self._waiting.append(call)
+        if self._timer is None:
+            self._timer = loop.call_at(call.deadline, self._look_at_the_time)
         if not self._scheduled and len(self._at_work) < self._at_once:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._begin)
+            loop.call_soon(self._begin)
+
+    def _look_at_the_time(self) -> None:
+        """Give up those that have waited too long."""
+        self._timer = None
+        waiting, loop = self._waiting, asyncio.get_running_loop()
+        late = []
+        while waiting and waiting[0].deadline <= loop.time():
+            late.append(waiting.popleft())
+        self._left(late)
+        _fail(late, _too_slow())
+        if waiting:
+            self._timer = loop.call_at(waiting[0].deadline, self._look_at_the_time)
+
+    def _left(self, calls: Iterable[C]) -> None:
+        self.weight -= sum(call.weight for call in calls)
+
+    def _take_all(self) -> Sequence[C]:
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        self.weight = 0
+        return waiting
 
     def _begin(self) -> None:
         self._scheduled = False
         while self._waiting and len(self._at_work) < self._at_once:
             batch = self._take(self._waiting)
+            self._left(batch)
             task = asyncio.get_running_loop().create_task(self._work(batch))
             self._at_work[task] = batch
             task.add_done_callback(self._ended)
@@ -389,8 +508,8 @@ class Turn(Generic[C]):
         except Unavailable as error:
             _fail(batch, error)
             if isinstance(error.__cause__, TimeoutError):
-                waiting = list(self._waiting)
-                self._waiting.clear()
+                waiting = self._take_all()
+                self._on_hung(len(waiting))
                 _fail(waiting, error)
         except Exception as error:  # noqa: BLE001  # goes to those who called
             _fail(batch, error)
@@ -405,13 +524,18 @@ class Turn(Generic[C]):
                 await asyncio.wait(self._at_work, timeout=left)
             else:
                 await asyncio.sleep(0)  # What waits begins at the end of this turn.
-        waiting = list(self._waiting)
-        self._waiting.clear()
-        _fail(waiting, Unavailable("The server is about to stop.", retry_after=1))
+        _fail(self._take_all(), Unavailable("The server is about to stop.", retry_after=1))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         tasks = list(self._at_work)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _too_slow() -> Unavailable:
+    return Unavailable("PostgreSQL does not keep up.", retry_after=1)
 
 
 def _fail(calls: Iterable[Answerable], error: Exception) -> None:

@@ -15,6 +15,7 @@ import secrets
 import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import date
 from hashlib import blake2b
 from heapq import heapify, heappop, heappush
@@ -32,6 +33,7 @@ from notifyd.log import RateLimitedLog
 from notifyd.notification import Notification, Priority
 from notifyd.postgres import (
     CLOSE_SECONDS,
+    MAX_WAITING_BYTES,
     Connection,
     Postgres,
     Turn,
@@ -59,6 +61,13 @@ QUERIES = load_queries(_SQL.joinpath("queries.sql"))
 ROWS_PER_BATCH = 2000
 BYTES_PER_BATCH = 4 * 1024 * 1024
 """A transaction stores about so much at most; a send to more users is stored in several."""
+
+CALL_BYTES = 1024
+ROW_BYTES = 128
+"""What a call that waits takes of memory, and each user or id that it names, about."""
+
+MAX_NOTES_BYTES = MAX_WAITING_BYTES // 4
+"""So much of what nobody waits for may wait for the ledger: acks have room beside it."""
 
 USERS_PER_READ = 64
 READS_AT_ONCE = 2
@@ -121,6 +130,12 @@ class _Call(msgspec.Struct, eq=False, kw_only=True):
     """One call, until the batch that it takes part in answers it."""
 
     future: asyncio.Future[Any] = msgspec.field(default_factory=_future)
+    deadline: float = 0.0
+
+    @property
+    def weight(self) -> int:
+        """See `Answerable`."""
+        return CALL_BYTES
 
 
 class _Enqueue(_Call, eq=False):
@@ -132,10 +147,18 @@ class _Enqueue(_Call, eq=False):
     body: bytes
     expires_at: float
 
+    @property
+    def weight(self) -> int:
+        return CALL_BYTES + ROW_BYTES * len(self.recipients) + len(self.body)
+
 
 class _Settle(_Call, eq=False):
     key: UserKey
     ids: Sequence[str]
+
+    @property
+    def weight(self) -> int:
+        return CALL_BYTES + ROW_BYTES * len(self.ids)
 
 
 class _Erase(_Call, eq=False):
@@ -268,8 +291,8 @@ class PostgresUserLogs:
         self._log = structlog.get_logger("notifyd")
         self._shards = _Shards()
         self._epoch = secrets.token_hex(4)
-        self._writes: Turn[_Write] = Turn(self._write, take=_take_writes)
-        self._reads: Turn[_Read] = Turn(
+        self._writes: Turn[_Write] = postgres.turn(self._write, take=_take_writes)
+        self._reads: Turn[_Read] = postgres.turn(
             self._read, take=_take_some(USERS_PER_READ), at_once=READS_AT_ONCE
         )
         self._expired_uncounted = 0
@@ -302,8 +325,12 @@ class PostgresUserLogs:
         calls = []
         for start in range(0, len(recipients), most):
             some = recipients[start : start + most]
-            calls.append(_Enqueue(tenant, some, notification, body, expires_at))
-            self._writes.add(calls[-1])
+            call = _Enqueue(tenant, some, notification, body, expires_at)
+            calls.append(call)
+            try:
+                self._writes.add(call)
+            except Unavailable as error:
+                call.future.set_exception(error)
         return asyncio.ensure_future(_together(calls))
 
     def read(
@@ -774,12 +801,24 @@ async def _together(calls: Sequence[_Enqueue]) -> list[Rejection | None]:
 
 
 class _Expect(_Call, eq=False):
-    """`recipients` None: anyone."""
+    """`sent`: notifications and whom they were sent to; None: anyone."""
 
-    key: tuple[str, str]
-    recipients: Sequence[str] | None
+    tenant: str
+    sent: Sequence[tuple[str, Sequence[str] | None]]
     at: float
     queued: bool
+
+    @property
+    def rows(self) -> int:
+        return sum(len(recipients or ()) for _, recipients in self.sent)
+
+    @property
+    def weight(self) -> int:
+        return CALL_BYTES + ROW_BYTES * (len(self.sent) + self.rows)
+
+    @property
+    def ids(self) -> Iterable[str]:
+        return (id for id, _ in self.sent)
 
 
 class _Confirm(_Call, eq=False):
@@ -789,17 +828,41 @@ class _Confirm(_Call, eq=False):
     at: float
     by_ack: bool
 
+    @property
+    def rows(self) -> int:
+        return len(self.ids)
+
+    @property
+    def weight(self) -> int:
+        return CALL_BYTES + ROW_BYTES * len(self.ids)
+
 
 _LedgerCall: TypeAlias = "_Expect | _Confirm"
 
 
 def _take_ledger_calls(waiting: deque[_LedgerCall]) -> Sequence[_LedgerCall]:
+    """Acks first, with all that is to be noted of the same notifications: somebody waits for
+    them."""
     batch: list[_LedgerCall] = []
     rows = 0
+    acked: set[tuple[str, str]] = set()
+    for call in waiting:
+        if isinstance(call, _Confirm) and call.by_ack and rows < ROWS_PER_BATCH:
+            acked.update((call.tenant, id) for id in call.ids)
+            rows += call.rows
+    if acked:
+        others: list[_LedgerCall] = []
+        for call in waiting:
+            tenant = call.tenant
+            first = any((tenant, id) in acked for id in call.ids)
+            (batch if first else others).append(call)
+        waiting.clear()
+        waiting.extend(others)
+        rows = sum(call.rows for call in batch)
     while waiting and (not batch or rows < ROWS_PER_BATCH):
         call = waiting.popleft()
         batch.append(call)
-        rows += len((call.ids if isinstance(call, _Confirm) else call.recipients) or ())
+        rows += call.rows
     return batch
 
 
@@ -851,7 +914,7 @@ class PostgresAckLedger:
         self._on_acknowledged = on_acknowledged
         self._on_expired = on_expired
         self._shards = _Shards()
-        self._calls: Turn[_LedgerCall] = Turn(self._note, take=_take_ledger_calls)
+        self._calls: Turn[_LedgerCall] = postgres.turn(self._note, take=_take_ledger_calls)
 
     async def aclose(self) -> None:
         """Note what waits, for two seconds at most. What is under way then may be noted all the
@@ -864,26 +927,25 @@ class PostgresAckLedger:
         self, tenant: str, notification_id: str, recipients: Sequence[str], *, queued: bool = False
     ) -> Awaitable[None]:
         """See `AckLedger.expect`. Raises Unavailable."""
-        call = _Expect((tenant, notification_id), recipients, self._clock(), queued=queued)
-        self._calls.add(call)
-        return call.future
+        return self._expected(tenant, [(notification_id, recipients)], queued=queued)
 
     def expect_each(self, tenant: str, sent: Sequence[tuple[str, str]]) -> Awaitable[None]:
         """See `AckLedger.expect_each`. Raises Unavailable."""
-        now = self._clock()
-        calls = [_Expect((tenant, id), (user_id,), now, queued=False) for id, user_id in sent]
-        for call in calls:
-            self._calls.add(call)
-        return self._all(calls)
-
-    @staticmethod
-    async def _all(calls: Sequence[_Expect]) -> None:
-        await asyncio.gather(*[call.future for call in calls])
+        return self._expected(tenant, [(id, (user_id,)) for id, user_id in sent])
 
     def expect_anyone(self, tenant: str, notification_id: str) -> Awaitable[None]:
         """See `AckLedger.expect_anyone`. Raises Unavailable."""
-        call = _Expect((tenant, notification_id), None, self._clock(), queued=False)
-        self._calls.add(call)
+        return self._expected(tenant, [(notification_id, None)])
+
+    def _expected(
+        self,
+        tenant: str,
+        sent: Sequence[tuple[str, Sequence[str] | None]],
+        *,
+        queued: bool = False,
+    ) -> Awaitable[None]:
+        call = _Expect(tenant, sent, self._clock(), queued=queued)
+        self._calls.add(call, most=MAX_NOTES_BYTES)
         return call.future
 
     def acknowledge(
@@ -902,7 +964,7 @@ class PostgresAckLedger:
         ids = [id for id in ids if is_canonical_uuid(id)]
         call = _Confirm(tenant, user_id, ids, self._clock(), by_ack=by_ack)
         if ids:
-            self._calls.add(call)
+            self._calls.add(call, most=MAX_WAITING_BYTES if by_ack else MAX_NOTES_BYTES)
         else:
             call.future.set_result(frozenset() if by_ack else None)
         return call.future
@@ -920,22 +982,28 @@ class PostgresAckLedger:
 
     async def _expect(self, calls: Sequence[_Expect]) -> None:
         wanted: dict[tuple[str, str], dict[str, _Expect]] = {}
-        first: dict[tuple[str, str], _Expect] = {}
+        first: dict[tuple[str, str], float] = {}
+        anyones: set[tuple[str, str]] = set()
         for call in calls:
-            first.setdefault(call.key, call)
-            users = wanted.setdefault(call.key, {})
-            for user_id in call.recipients or ():
-                # Of two calls, the last says what he is.
-                users[user_id] = call
+            for id, recipients in call.sent:
+                key = (call.tenant, id)
+                if key not in first:
+                    first[key] = call.at
+                    if recipients is None:
+                        anyones.add(key)
+                users = wanted.setdefault(key, {})
+                for user_id in recipients or ():
+                    # Of two calls, the last says what he is.
+                    users[user_id] = call
 
         async def work(connection: Connection) -> _Change:
             change = _Change()
             rows = await connection.fetch(
                 QUERIES["lock_records"],
                 *_columns(wanted, 2),
-                [call.at for call in first.values()],
-                [call.recipients is None for call in first.values()],
-                [0 if call.recipients is None else len(wanted[key]) for key, call in first.items()],
+                list(first.values()),
+                [key in anyones for key in first],
+                [0 if key in anyones else len(users) for key, users in wanted.items()],
             )
             records: dict[int, dict[str, _Expect]] = {}
             before: list[int] = []
@@ -1400,6 +1468,10 @@ class _End(_Call, eq=False):
     digest: bytes
     answer: KeptAnswer | None
 
+    @property
+    def weight(self) -> int:
+        return CALL_BYTES + (0 if self.answer is None else len(self.answer.body))
+
 
 _KeyCall: TypeAlias = "_Claim | _End"
 
@@ -1444,7 +1516,7 @@ class PostgresIdempotencyKeys:
         self._owner = os.urandom(16)
         self._working: set[Scope] = set()
         self._waiting: dict[Scope, set[asyncio.Future[None]]] = {}
-        self._calls: Turn[_KeyCall] = Turn(self._work, take=_take_some(ROWS_PER_BATCH))
+        self._calls: Turn[_KeyCall] = postgres.turn(self._work, take=_take_some(ROWS_PER_BATCH))
 
     async def aclose(self) -> None:
         """Keep the answers that wait, for two seconds at most; keys that are still at work are
@@ -1503,11 +1575,19 @@ class PostgresIdempotencyKeys:
         except RuntimeError:
             return
         # Whoever lost it waits for nothing; where this fails, the lease runs out.
-        self._end(claim, None).add_done_callback(asyncio.Future.exception)
+        with suppress(Unavailable):
+            self._end(claim, None).add_done_callback(asyncio.Future.exception)
 
     def _end(self, claim: Fresh, answer: KeptAnswer | None) -> asyncio.Future[None]:
-        call = _End(claim.scope, _digest(claim.scope), answer)
-        self._calls.add(call)
+        scope = claim.scope
+        call = _End(scope, _digest(scope), answer)
+        # Also where it never gets as far as the store.
+        call.future.add_done_callback(lambda _: self._working.discard(scope))
+        try:
+            self._calls.add(call)
+        except Unavailable:
+            call.future.cancel()
+            raise
         return call.future
 
     async def _work(self, batch: Sequence[_KeyCall]) -> None:

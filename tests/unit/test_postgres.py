@@ -16,8 +16,10 @@ from notifyd.resilience import CircuitBreaker
 
 
 class Call:
-    def __init__(self, name: str = "") -> None:
+    def __init__(self, name: str = "", weight: int = 1) -> None:
         self.name = name
+        self.weight = weight
+        self.deadline = 0.0
         self.future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
 
@@ -59,14 +61,14 @@ def calls(turn: Turn[Call], names: str) -> list[asyncio.Future[str]]:
 class TestTurn:
     async def test_calls_of_one_turn_share_a_batch(self) -> None:
         store = Store()
-        turn = Turn(store.answer, take=take(100))
+        turn = Turn(store.answer, timeout=60, take=take(100))
         assert await asyncio.gather(*calls(turn, "abc")) == ["a", "b", "c"]
         assert store.batches == [["a", "b", "c"]]
 
     async def test_what_comes_meanwhile_is_the_next_batch(self) -> None:
         store = Store()
         store.go.clear()
-        turn = Turn(store.answer, take=take(2))
+        turn = Turn(store.answer, timeout=60, take=take(2))
         waiting = calls(turn, "a")
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -79,7 +81,7 @@ class TestTurn:
     async def test_several_batches_at_once_where_order_does_not_matter(self) -> None:
         store = Store()
         store.go.clear()
-        turn = Turn(store.answer, take=take(1), at_once=2)
+        turn = Turn(store.answer, timeout=60, take=take(1), at_once=2)
         waiting = calls(turn, "abcd")
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -91,7 +93,7 @@ class TestTurn:
     async def test_each_caller_of_a_failed_batch_has_his_own_exception(self) -> None:
         store = Store()
         store.error = Unavailable("away", retry_after=7)
-        turn = Turn(store.answer, take=take(100))
+        turn = Turn(store.answer, timeout=60, take=take(100))
         first, second = await asyncio.gather(*calls(turn, "ab"), return_exceptions=True)
         assert isinstance(first, Unavailable)
         assert isinstance(second, Unavailable)
@@ -103,7 +105,7 @@ class TestTurn:
         store.go.clear()
         store.error = Unavailable("away")
         store.error.__cause__ = TimeoutError()
-        turn = Turn(store.answer, take=take(1))
+        turn = Turn(store.answer, timeout=60, take=take(1))
         waiting = calls(turn, "abc")
         await asyncio.sleep(0)
         store.go.set()
@@ -114,20 +116,59 @@ class TestTurn:
     async def test_who_waits_behind_one_that_refused_is_tried(self) -> None:
         store = Store()
         store.error = Unavailable("away")
-        turn = Turn(store.answer, take=take(1))
+        turn = Turn(store.answer, timeout=60, take=take(1))
         await asyncio.gather(*calls(turn, "ab"), return_exceptions=True)
         assert store.batches == [["a"], ["b"]]
 
     async def test_a_fault_of_ours_reaches_the_caller(self) -> None:
         store = Store()
         store.error = ZeroDivisionError()
-        turn = Turn(store.answer, take=take(100))
+        turn = Turn(store.answer, timeout=60, take=take(100))
         (outcome,) = await asyncio.gather(*calls(turn, "a"), return_exceptions=True)
         assert isinstance(outcome, ZeroDivisionError)
 
+    async def test_those_who_hang_are_told_with_those_behind_them(self) -> None:
+        store = Store()
+        store.go.clear()
+        store.error = Unavailable("away")
+        store.error.__cause__ = TimeoutError()
+        hung: list[int] = []
+        turn = Turn(store.answer, timeout=60, take=take(1), on_hung=hung.append)
+        waiting = calls(turn, "abc")
+        await asyncio.sleep(0)
+        store.go.set()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert hung == [2]
+        assert turn.weight == 0
+
+    async def test_none_waits_longer_than_it_may(self) -> None:
+        store = Store()
+        store.go.clear()
+        turn = Turn(store.answer, timeout=0.01, take=take(1))
+        first, *behind = calls(turn, "abc")
+        outcomes = await asyncio.gather(*behind, return_exceptions=True)
+        assert [type(each) for each in outcomes] == [Unavailable] * 2
+        assert turn.weight == 0
+        store.go.set()
+        assert await first == "a"
+        assert await asyncio.gather(*calls(turn, "d")) == ["d"]
+        assert store.batches == [["a"], ["d"]]
+
+    async def test_so_much_waits_and_no_more(self) -> None:
+        store = Store()
+        turn = Turn(store.answer, timeout=60, take=take(100))
+        large = Call("large", weight=500)
+        turn.add(large, most=100)  # Alone it has room, or it never would.
+        with pytest.raises(Unavailable, match="keep up"):
+            turn.add(Call("one too many"), most=500)
+        other = Call("other")
+        turn.add(other, most=501)
+        assert [await each.future for each in (large, other)] == ["large", "other"]
+        assert turn.weight == 0
+
     async def test_who_gave_up_stops_nobody(self) -> None:
         store = Store()
-        turn = Turn(store.answer, take=take(100))
+        turn = Turn(store.answer, timeout=60, take=take(100))
         first, second = calls(turn, "ab")
         first.cancel()
         assert await second == "b"
@@ -135,7 +176,7 @@ class TestTurn:
     async def test_closing_fails_those_at_work_and_those_who_wait(self) -> None:
         store = Store()
         store.go.clear()
-        turn = Turn(store.answer, take=take(1))
+        turn = Turn(store.answer, timeout=60, take=take(1))
         waiting = calls(turn, "ab")
         await asyncio.sleep(0)
         await turn.aclose()
@@ -145,7 +186,7 @@ class TestTurn:
     async def test_closing_gives_those_at_work_and_those_who_wait_some_time(self) -> None:
         store = Store()
         store.go.clear()
-        turn = Turn(store.answer, take=take(1))
+        turn = Turn(store.answer, timeout=60, take=take(1))
         waiting = calls(turn, "ab")
         closing = asyncio.ensure_future(turn.aclose(60))
         await asyncio.sleep(0)

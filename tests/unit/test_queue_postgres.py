@@ -15,9 +15,11 @@ from notifyd.queue.postgres import (
     ROWS_PER_BATCH,
     Room,
     _admit,
+    _Confirm,
     _digest,
     _Enqueue,
     _Erase,
+    _Expect,
     _Item,
     _Log,
     _Settle,
@@ -77,8 +79,37 @@ class TestBatches:
         large = 3 * 1024 * 1024
         assert batches(*(an_enqueue("ann", size=large) for _ in range(3))) == [[0, 1], [2]]
 
-    async def test_of_nothing_known_to_the_ledger(self) -> None:
+
+def an_expect(*ids: str) -> _Expect:
+    return _Expect("acme", [(id, ("ann",)) for id in ids], 0.0, False)
+
+
+def a_confirm(*ids: str, by_ack: bool) -> _Confirm:
+    return _Confirm("acme", "ann", ids, 0.0, by_ack)
+
+
+class TestLedgerBatches:
+    async def test_of_nothing(self) -> None:
         assert list(_take_ledger_calls(deque())) == []
+
+    async def test_without_acks_are_in_order_and_bounded(self) -> None:
+        many = an_expect(*(str(n) for n in range(ROWS_PER_BATCH - 1)))
+        calls: list[_Expect | _Confirm] = [many, an_expect("a"), a_confirm("a", by_ack=False)]
+        waiting = deque(calls)
+        assert list(_take_ledger_calls(waiting)) == calls[:2]
+        assert list(waiting) == calls[2:]
+
+    async def test_an_ack_overtakes_what_waits_but_not_what_is_noted_of_the_same(self) -> None:
+        several = [an_expect(*(f"{n}-{m}" for m in range(ROWS_PER_BATCH))) for n in range(3)]
+        its_own = an_expect("other", "acked")
+        confirmed = a_confirm("acked", by_ack=False)
+        ack = a_confirm("acked", by_ack=True)
+        another_tenants = _Expect("other", [("acked", ("ann",))], 0.0, False)
+        calls: list[_Expect | _Confirm] = [*several, its_own, another_tenants, confirmed, ack]
+        waiting = deque(calls)
+        batch = _take_ledger_calls(waiting)
+        assert list(batch) == [its_own, confirmed, ack, several[0]]
+        assert list(waiting) == [*several[1:], another_tenants]
 
 
 class Full:
