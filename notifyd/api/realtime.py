@@ -213,6 +213,10 @@ class Realtime:
                 lifecycle.close(connection, 1009, "the message is too big")
             else:
                 lifecycle.receive(connection, text)
+                if connection.must_wait:
+                    answered = asyncio.Event()
+                    connection.on_answered = answered.set
+                    await answered.wait()
 
     async def _write_frames(self, websocket: WebSocket, sink: AsgiSink) -> None:
         while isinstance(batch := await sink.batch(), bytes):

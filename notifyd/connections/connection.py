@@ -7,7 +7,7 @@ with one reason, whoever asks first.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Literal
 
 from notifyd.connections.outbox import Outbox
@@ -31,6 +31,10 @@ MAX_LEFT_TO_LOG = 1000
 
 MAX_LEFT_OUT = 1000
 """So many ids are remembered of what a connection is not to get, its own sender's."""
+
+
+MAX_UNANSWERED = 256
+"""So many ids of a connection's acks may wait for the stores; beyond, it is not read from."""
 
 
 class State(enum.Enum):
@@ -149,7 +153,8 @@ class Connection:
     from this one, whatever becomes of them.
     `replays` counts the replays that took more than one turn of the event loop, from their
     beginning. `ack_credit` counts what was held and is settled, and may be acked all the same;
-    `budget` is what the client may still say, once that was asked.
+    `budget` is what the client may still say, once that was asked. `unanswered` counts the ids of
+    its acks that wait for the stores.
     """
 
     __slots__ = (
@@ -164,12 +169,14 @@ class Connection:
         "last_heard",
         "left_out",
         "left_to_log",
+        "on_answered",
         "opened_at",
         "outbox",
         "replays",
         "state",
         "subscriptions",
         "transport",
+        "unanswered",
         "unconfirmed",
         "user_agent",
     )
@@ -205,6 +212,22 @@ class Connection:
         self.replays = 0
         self.left_to_log: dict[str, float] | None = None
         self.left_out: dict[str, None] | None = None
+        self.unanswered = 0
+        self.on_answered: Callable[[], None] | None = None
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether it has asked for so much that nothing more is taken from it for now. Who reads
+        from it sets `on_answered`, which is called once when that is over."""
+        return self.unanswered >= MAX_UNANSWERED
+
+    def answered(self, ids: int) -> None:
+        """So many of what waited for the stores were answered."""
+        self.unanswered -= ids
+        go_on = self.on_answered
+        if go_on is not None and not self.must_wait:
+            self.on_answered = None
+            go_on()
 
     def offer(self, message: Message) -> bool:
         """Put a message into the outbox, behind a replay; False where it cannot be taken."""

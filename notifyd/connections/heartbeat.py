@@ -123,6 +123,9 @@ class Heartbeat:
         self._confirmations.ask_waiting()
 
     def _check_silence(self, connection: Connection, now: float) -> None:
+        if connection.must_wait:
+            # What it says is not read; that is no silence of its own.
+            connection.last_heard = now
         if connection.state is State.OPEN and now - connection.last_heard >= self._idle_timeout:
             self._on_idle(connection)
 

@@ -674,7 +674,8 @@ class Lifecycle:
         identity = connection.identity
         answer = self._confirmations.acknowledge(identity.tenant, identity.user_id, ids)
         if is_awaitable(answer):
-            self._spawn(self._answer_ack_later(connection, answer, malformed, single))
+            connection.unanswered += len(asked)
+            self._spawn(self._answer_ack_later(connection, answer, len(asked), malformed, single))
         else:
             self._answer_ack(connection, answer, malformed, single)
 
@@ -682,6 +683,7 @@ class Lifecycle:
         self,
         connection: Connection,
         answer: Awaitable[AckAnswer],
+        asked: int,
         malformed: list[str],
         single: bool,
     ) -> None:
@@ -689,6 +691,8 @@ class Lifecycle:
             self._answer_ack(connection, await answer, malformed, single)
         except NotifydError as error:
             self._refuse(connection, error)
+        finally:
+            connection.answered(asked)
 
     def _answer_ack(
         self, connection: Connection, answer: AckAnswer, malformed: list[str], single: bool

@@ -120,9 +120,13 @@ class WebSocketProtocol(asyncio.Protocol):
         """The client caught up."""
         if self._connection is not None:
             self._connection.outbox.resume()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Read again, after what kept from it is over."""
         if self._needed == _LATER:
             asyncio.get_running_loop().call_soon(self._continue)
-        else:
+        elif not self._paused():
             self._transport.resume_reading()
 
     def eof_received(self) -> None:
@@ -187,8 +191,13 @@ class WebSocketProtocol(asyncio.Protocol):
                 self._parser = self._new_parser()
             self._feed(self._parser, data[position:stop])
             position = stop
-            turns -= 1
+            turns = 0 if self._connection is not None and self._connection.must_wait else turns - 1
             between_messages = between_messages or self._parser is None
+        connection = self._connection
+        if connection is not None and connection.must_wait and not self._closing:
+            connection.on_answered = self._go_on
+            if self._needed != _LATER:
+                self._continue_later(self._rest)
         if not self._closing:
             self._watch_message(begun=between_messages)
 
@@ -220,6 +229,8 @@ class WebSocketProtocol(asyncio.Protocol):
                 except UnicodeDecodeError:
                     break
                 lifecycle.receive(connection, text)
+                if connection.must_wait:
+                    return stop, 0
             elif length > wire.MAX_CONTROL_PAYLOAD and opcode != _BINARY:
                 break
             elif opcode == _PONG:
@@ -252,7 +263,7 @@ class WebSocketProtocol(asyncio.Protocol):
             start += size
         return end if length > self._max_message_bytes else start + length
 
-    def _continue_later(self, rest: bytes) -> None:
+    def _continue_later(self, rest: bytes | bytearray) -> None:
         self._rest, self._needed = rest, _LATER
         self._transport.pause_reading()
         asyncio.get_running_loop().call_soon(self._continue)
@@ -261,7 +272,7 @@ class WebSocketProtocol(asyncio.Protocol):
         if self._needed != _LATER or self._transport.is_closing():
             return
         if self._paused():
-            # Who does not read is not read from: `resume_writing` comes back to this.
+            # Who does not read is not read from, nor who waits for answers: `_go_on` comes back.
             return
         rest, self._rest, self._needed = bytes(self._rest), b"", 0
         self._read(rest)
@@ -270,7 +281,11 @@ class WebSocketProtocol(asyncio.Protocol):
 
     def _paused(self) -> bool:
         connection = self._connection
-        return connection is not None and connection.outbox.paused and not self._closing
+        return (
+            connection is not None
+            and (connection.outbox.paused or connection.must_wait)
+            and not self._closing
+        )
 
     # --- what needs a parser ---
 

@@ -4,15 +4,19 @@ and that everything works again by itself."""
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from statistics import median
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
 from structlog.testing import capture_logs
 
+from notifyd.connections.connection import MAX_UNANSWERED
+from notifyd.connections.lifecycle import MAX_ACK_IDS
 from notifyd.resilience import BreakerState
 from tests.adversity.store_faults import (
     AWAY,
@@ -34,12 +38,14 @@ from tests.front_door import (
     READ_KEY,
     WAIT,
     Host,
+    Lane,
     Message,
     WebSocketListener,
     channel,
     until,
     user,
 )
+from tests.stores import PostgresServer
 
 AT_ONCE = 0.05
 """Seconds within which who is away is refused once the breaker is open."""
@@ -146,14 +152,14 @@ async def test_users_who_are_connected_notice_nothing(
     took = []
     async with fault(faulty):
         for n in range(2 * THRESHOLD):
-            started = time.perf_counter()
             for target in (user("ann"), channel("orders"), {"type": "broadcast"}):
+                started = time.perf_counter()
                 answer = await host.publish(target, payload=n)
+                took.append(time.perf_counter() - started)
                 assert (answer["outcome"], answer["delivered_to"]) == ("delivered", 1)
-            took.append(time.perf_counter() - started)
         heard = [each["payload"] for each in await ann.notifications(6 * THRESHOLD)]
         assert heard == [n for n in range(2 * THRESHOLD) for _ in range(3)]
-    # None of them waited for the store, neither before its breaker opened nor behind it.
+    # None of them waited for the store, not even the first ones, before its breaker opened.
     assert median(took) < TIMEOUT
     await recovered(host, faulty)
 
@@ -173,7 +179,6 @@ async def test_who_is_away_is_refused_and_soon_at_once(
             took.append(time.perf_counter() - started)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "UNAVAILABLE")
             assert int(refused.headers["Retry-After"]) >= 1
-        # The best, so that it is the server that is measured and not what else the machine does.
         assert min(took) < AT_ONCE
         several = (await send(host, "ann", "away", payload="several")).json()
         assert several["results"]["ann"] == {"outcome": "delivered", "connections": 1}
@@ -325,6 +330,56 @@ async def test_acks_meanwhile(faulty: FaultyStore, fault: Fault, start_on: Start
     again = await host.websocket("ann")
     await host.publish(user("ann"), payload="next")
     assert (await again.expect("notification"))["payload"] == "next"
+
+
+@pytest.mark.parametrize("lane", ["sockets", "asgi"])
+@pytest.mark.parametrize("store", ["redis", "postgres"])
+async def test_who_acks_without_end_waits_and_loses_nothing(
+    faulty: FaultyStore, start_on: StartServer, lane: Lane
+) -> None:
+    given = faulty.given()
+    given[faulty.name]["command_timeout_seconds"] = 600.0
+    host = await start_on(lane, **given)
+    eve = await host.raw_websocket("eve", query="acks=1")
+    ann = await settled_in(host, "ann")
+    async with FAULTS["stopped"](faulty):
+        asked = [[str(uuid4()) for _ in range(MAX_ACK_IDS)] for _ in range(40)]
+        for ids in asked[:-1]:
+            eve.send("Ack", {"notification_ids": ids})
+        last = json.dumps({"type": "Ack", "payload": {"notification_ids": asked[-1]}}).encode()
+        eve.send_frame(1, last[:1000], final=False)
+        eve.send_frame(0, last[1000:])
+        eve.send("Ping")
+        (connection,) = host.notifyd._registry.tenant("default").of_user("eve")
+        await until(lambda: connection.must_wait, "the waiting")
+        for n in range(3):
+            assert (await host.publish(user("ann"), payload=n))["outcome"] == "delivered"
+        assert [each["payload"] for each in await ann.notifications(3)] == [0, 1, 2]
+        # What is read at once, and answered by nothing, is all that the server has of it.
+        assert connection.unanswered < MAX_UNANSWERED + MAX_ACK_IDS
+    answers = [await eve.receive() for _ in (*asked, "Ping")]
+    refused = [each["refused"] for each in answers if each["type"] == "acked"]
+    assert sorted(refused) == sorted(asked)
+    assert [each["type"] for each in answers if each["type"] != "acked"] == ["pong"]
+    # A connection that ends meanwhile takes what it said with it.
+    async with FAULTS["stopped"](faulty):
+        for ids in asked:
+            eve.send("Ack", {"notification_ids": ids})
+        await until(lambda: connection.must_wait, "the waiting")
+        eve.vanish()
+    await until(lambda: not host.notifyd._registry.tenant("default").of_user("eve"), "its end")
+
+
+async def test_one_connection_that_is_reset_fails_nobody(
+    postgres_server: PostgresServer, start_on: StartServer
+) -> None:
+    async with faulty_postgres(postgres_server) as faulty:
+        host = await start_on("sockets", **faulty.given())
+        await asyncio.gather(*(send(host, f"u{n}") for n in range(4)))
+        faulty.network.cut()
+        answers = await asyncio.gather(*(send(host, f"u{n}") for n in range(40)))
+        assert {each.status_code for each in answers} == {200}
+        assert await breaker(host, faulty) == 0
 
 
 @pytest.mark.parametrize("store", ["redis", "postgres"])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from notifyd import wire
-from notifyd.connections.connection import State
+from notifyd.connections.connection import MAX_UNANSWERED, State
 from notifyd.connections.lifecycle import NOTHING_HEARD, TOKEN_EXPIRED
 from notifyd.identity import Identity
 from tests.unit.connected import NOW, Connected, RecordingStream, World
@@ -167,6 +167,16 @@ class TestSilence:
         assert client.sink.closed is None
         world.manual.advance(3)
         assert client.connection.state is State.CLOSED
+
+    def test_who_is_not_read_from_is_not_silent(self) -> None:
+        world = World(heartbeat_interval=30, idle_timeout=45)
+        client = world.connect()
+        client.connection.unanswered = MAX_UNANSWERED
+        world.manual.advance(1000)
+        assert client.sink.closed is None
+        client.connection.answered(1)
+        world.manual.advance(100)
+        assert client.sink.closed == (NOTHING_HEARD, "nothing heard")
 
     def test_without_pings_silence_means_nothing(self) -> None:
         world = World(heartbeat_interval=30, idle_timeout=45)
