@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, suppress
+from statistics import median
 
 import pytest
 
@@ -105,8 +106,7 @@ async def refused_at_once(redis: Redis) -> None:
             await echo(redis, "x")
         took.append(time.perf_counter() - started)
         assert caught.value.retry_after == 1
-    # The best, so that it is the client that is measured and not what else the machine does.
-    assert min(took) < 0.05
+    assert median(took) < 0.05
 
 
 class TestStopped:

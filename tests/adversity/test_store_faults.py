@@ -160,7 +160,7 @@ async def test_users_who_are_connected_notice_nothing(
         heard = [each["payload"] for each in await ann.notifications(6 * THRESHOLD)]
         assert heard == [n for n in range(2 * THRESHOLD) for _ in range(3)]
     # None of them waited for the store, not even the first ones, before its breaker opened.
-    assert median(took) < TIMEOUT
+    assert max(took) < TIMEOUT / 2
     await recovered(host, faulty)
 
 
@@ -179,7 +179,7 @@ async def test_who_is_away_is_refused_and_soon_at_once(
             took.append(time.perf_counter() - started)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "UNAVAILABLE")
             assert int(refused.headers["Retry-After"]) >= 1
-        assert min(took) < AT_ONCE
+        assert median(took) < AT_ONCE
         several = (await send(host, "ann", "away", payload="several")).json()
         assert several["results"]["ann"] == {"outcome": "delivered", "connections": 1}
         assert several["results"]["away"]["outcome"] == "failed"
@@ -468,7 +468,7 @@ async def test_always_sends_nothing_that_is_not_stored(
             started = time.perf_counter()
             assert (await send(host, "ann", payload="refused")).status_code == 503
             took.append(time.perf_counter() - started)
-        assert min(took[THRESHOLD:]) < AT_ONCE
+        assert median(took[THRESHOLD:]) < AT_ONCE
         several = (await send(host, "ann", "bob", payload="refused")).json()
         assert (several["delivered_to"], several["queued"], several["failed"]) == (0, 0, 2)
         assert {each["reason"] for each in several["results"].values()} == {"unavailable"}
