@@ -12,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import socket
 import ssl
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.resources.abc import Traversable
@@ -37,6 +39,7 @@ SENTINEL_SECONDS = 0.5
 _LATE_SECONDS = 0.02
 _CLOSE_SECONDS = 2.0
 _UNCOUNTED = -1
+_AT_ONCE = struct.pack("ii", 1, 0)
 
 # Answers by which a Redis says that it cannot do its work; any other error is about one call.
 _FAILURES = (
@@ -225,6 +228,11 @@ class _Link(asyncio.Protocol):
         # uvloop's transports are asyncio's in all but their class.
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
+        carrier = transport.get_extra_info("socket")
+        if hasattr(socket, "TCP_USER_TIMEOUT") and carrier.family != socket.AF_UNIX:
+            # Bytes of a call that was given up must not arrive later, behind those of its repeat.
+            milliseconds = max(1, math.ceil(self._redis.timeout * 1000))
+            carrier.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def pause_writing(self) -> None:
         self.full = True
@@ -287,6 +295,10 @@ class _Link(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if not self.transport.is_closing():
+            # The system forgets what it has not sent, instead of trying on for minutes.
+            carrier = self.transport.get_extra_info("socket")
+            carrier.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
         self.transport.abort()
         calls = list(self.unanswered)
         self.unanswered.clear()
@@ -317,7 +329,8 @@ class Redis:
         """Whether there is a connection."""
         self._url = url
         self._address = RedisAddress.parse(url)
-        self._timeout = timeout
+        self.timeout = timeout
+        """Seconds after which a call is given up."""
         self._backoff = backoff or Backoff(0.1, 5.0)
         self._on_up = on_up
         self._on_reconnect = on_reconnect
@@ -401,7 +414,7 @@ class Redis:
         calls = [call for call in self._waiting if not call.future.done()]
         self._waiting.clear()
         if calls:
-            link.send(calls, asyncio.get_running_loop().time() + self._timeout, self.breaker.period)
+            link.send(calls, asyncio.get_running_loop().time() + self.timeout, self.breaker.period)
 
     # --- what a connection tells ---
 
@@ -491,7 +504,7 @@ class Redis:
 
     async def watch(self) -> NoReturn:
         """Look whether Redis is back while the breaker is not closed, until cancelled."""
-        await self._guarded.watch(self._probe, self._timeout)
+        await self._guarded.watch(self._probe, self.timeout)
 
     async def _probe(self) -> None:
         while self._link is None:
@@ -502,7 +515,7 @@ class Redis:
                 raise ConnectionError("no connection")
         future = asyncio.get_running_loop().create_future()
         call = _Call(pack(self._probe_command), future, None, None)
-        deadline = asyncio.get_running_loop().time() + self._timeout
+        deadline = asyncio.get_running_loop().time() + self.timeout
         self._link.send([call], deadline, _UNCOUNTED)
         await future
 
@@ -535,7 +548,7 @@ class Redis:
 
     async def _connect(self) -> None:
         """Make a connection and send what waits for it. Raises OSError or TimeoutError."""
-        async with asyncio.timeout(self._timeout):
+        async with asyncio.timeout(self.timeout):
             link = await self.open(lambda: _Link(self))
             try:
                 await self._shake_hands(link)
@@ -581,7 +594,7 @@ class Redis:
     async def _shake_hands(self, link: _Link) -> None:
         loop = asyncio.get_running_loop()
         calls = [_Call(each, loop.create_future(), None, None) for each in self.greeting()]
-        link.send(calls, loop.time() + self._timeout, _UNCOUNTED)
+        link.send(calls, loop.time() + self.timeout, _UNCOUNTED)
         answers = await asyncio.gather(*(call.future for call in calls), return_exceptions=True)
         for answer in answers:
             if isinstance(answer, Unavailable):

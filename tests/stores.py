@@ -360,6 +360,7 @@ class Proxy:
         self._passing: set[asyncio.Task[None]] = set()
         self._open = asyncio.Event()
         self._open.set()
+        self._stuck: list[asyncio.Event] = []
         self._server: asyncio.Server | None = None
 
     async def accept(self) -> None:
@@ -389,14 +390,24 @@ class Proxy:
             # Who holds something of these connections wakes, and finds them closed.
             self._open, held = asyncio.Event(), self._open
             held.set()
+        while self._stuck:
+            self._stuck.pop().set()
 
     def hold(self) -> None:
         """Pass nothing on, and close nothing: the network went silent."""
         self._open.clear()
 
+    def heal(self) -> None:
+        """Pass on what is sent from now on; what was held stays on its way until `release`."""
+        self._stuck.append(self._open)
+        self._open = asyncio.Event()
+        self._open.set()
+
     def release(self) -> None:
         """Pass on again, first what was held."""
         self._open.set()
+        while self._stuck:
+            self._stuck.pop().set()
 
     async def _pass_on(
         self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter
@@ -429,6 +440,9 @@ class Proxy:
             await self._open.wait()
             if writer.is_closing():
                 break
+            if (error := reader.exception()) is not None:
+                # Reset meanwhile: its sender's system had this to send again, and forgot it.
+                raise error
             writer.write(data)
             await writer.drain()
         if not writer.is_closing():

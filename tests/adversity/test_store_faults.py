@@ -309,6 +309,36 @@ async def test_what_a_dying_connection_held_is_kept_until_the_store_is_back(
     assert (await again.expect("notification"))["payload"] == "next"
 
 
+@pytest.mark.parametrize("store", ["redis", "postgres"])
+async def test_what_was_given_up_is_not_stored_after_it_was_settled(
+    faulty: FaultyStore, start_on: StartServer
+) -> None:
+    """A network that was silent delivers what it held behind what was sent again."""
+    host = await start_on("sockets", **faulty.given())
+    dying = await host.raw_websocket("ann", query="acks=1")
+    await host.publish(user("ann"), payload="first")
+    while (await dying.receive())["type"] == "gap":
+        pass  # As in settled_in.
+    await until(lambda: not host.notifyd._replayer._again, "the end of the replay")
+    faulty.network.hold()
+    dying.vanish()
+    await until(lambda: bool(host.notifyd._writes._homeless), "the giving up")
+    faulty.network.heal()
+    await recovered(host, faulty)
+    ann = await host.websocket("ann", query="acks=1")
+    first = await ann.expect("notification")
+    assert first["payload"] == "first"
+    await ann.expect("caught_up")
+    await acked(ann, first["id"])
+    faulty.network.release()
+    # Over the connections that there are now, so that what was late has come before.
+    await send(host, "bob")
+    await ann.close()
+    again = await host.websocket("ann", query="acks=1")
+    await host.publish(user("ann"), payload="next")
+    assert (await again.expect("notification"))["payload"] == "next"
+
+
 @pytest.mark.parametrize(("store", "fault_name"), cases(AWAY))
 async def test_acks_meanwhile(faulty: FaultyStore, fault: Fault, start_on: StartServer) -> None:
     """`acked` is answered where the store need not settle anything, and refused where it must."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -387,3 +388,46 @@ class TestErrors:
         stuck.set()
         server.close()
         await server.wait_closed()
+
+    async def test_what_was_given_up_does_not_arrive_later(self) -> None:
+        read_on = asyncio.Event()
+        ended: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+
+        async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"PING\r\n")
+            writer.write(b"+OK\r\n+PONG\r\n")
+            writer.transport.pause_reading()  # type: ignore[attr-defined]  # it is one that reads
+            await read_on.wait()
+            writer.transport.resume_reading()  # type: ignore[attr-defined]  # see above
+            try:
+                while await reader.read(1 << 20):
+                    pass
+            except ConnectionResetError as error:
+                ended.set_result(error)
+            else:
+                ended.set_result(None)
+            finally:
+                writer.close()
+
+        server = await asyncio.start_server(late, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        # More than the other side's system takes in, so that ours has some of it left.
+        redis = a_redis(f"redis://127.0.0.1:{port}", timeout=0.05, threshold=1)
+        await redis.start()
+        with pytest.raises(Unavailable):
+            await redis.command("SET", b"x" * 32_000_000)
+        read_on.set()
+        assert isinstance(await ended, ConnectionResetError)
+        await redis.aclose()
+        server.close()
+        await server.wait_closed()
+
+    @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has none")
+    async def test_the_system_gives_up_when_we_do(self) -> None:
+        async with (
+            faking() as fake,
+            connected(f"redis://127.0.0.1:{fake.port}", timeout=1.5) as redis,
+        ):
+            assert redis._link is not None
+            carrier = redis._link.transport.get_extra_info("socket")
+            assert carrier.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500
