@@ -461,6 +461,108 @@ async def proxy(port: int) -> AsyncIterator[Proxy]:
         await made.refuse()
 
 
+class TransactionPooler:
+    """Stands before a PostgreSQL as PgBouncer does in its transaction mode: each transaction of a
+    client goes to another of the server's sessions, in turn. Each client has two of its own.
+
+    Knows no TLS, no passwords and no cancelling; a client that asks for TLS is told that there is
+    none.
+    """
+
+    _SSL_REQUEST = 80877103
+    _CANCEL_REQUEST = 80877102
+
+    def __init__(self, port: int) -> None:
+        self.port = free_port()
+        self._target = port
+        self._clients: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def __aenter__(self) -> TransactionPooler:
+        self._server = await asyncio.start_server(self._serve, LOOPBACK, self.port)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._server is not None:
+            self._server.close()
+        for task in self._clients:
+            task.cancel()
+        await asyncio.gather(*self._clients, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if (task := asyncio.current_task()) is not None:
+            self._clients.add(task)
+            task.add_done_callback(self._clients.discard)
+        sessions: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        answering: list[asyncio.Task[None]] = []
+        idle = asyncio.Event()
+        try:
+            startup = await self._startup(reader, writer)
+            if startup is None:
+                return
+            greeting = b""
+            for _ in range(2):
+                sessions.append(await asyncio.open_connection(LOOPBACK, self._target))
+                sessions[-1][1].write(startup)
+                greeting = await self._greeting(sessions[-1][0])
+            writer.write(greeting)
+            for from_server, _ in sessions:
+                answering.append(asyncio.ensure_future(self._answer(from_server, writer, idle)))
+            idle.set()
+            while (message := await self._message(reader))[:1] != b"X":
+                if idle.is_set():
+                    sessions.reverse()
+                    idle.clear()
+                sessions[0][1].write(message)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # one of them is gone, and the others go with it
+        finally:
+            for each in (writer, *(to_server for _, to_server in sessions)):
+                each.transport.abort()
+            await asyncio.gather(*answering, return_exceptions=True)
+
+    async def _startup(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bytes | None:
+        """The message that begins a session."""
+        while True:
+            size = await reader.readexactly(4)
+            rest = await reader.readexactly(int.from_bytes(size, "big") - 4)
+            code = int.from_bytes(rest[:4], "big")
+            if code == self._CANCEL_REQUEST:
+                return None
+            if code != self._SSL_REQUEST:
+                return size + rest
+            writer.write(b"N")
+
+    @staticmethod
+    async def _message(reader: asyncio.StreamReader) -> bytes:
+        head = await reader.readexactly(5)
+        return head + await reader.readexactly(int.from_bytes(head[1:], "big") - 4)
+
+    async def _greeting(self, reader: asyncio.StreamReader) -> bytes:
+        """What a session says first."""
+        said = message = await self._message(reader)
+        while message[:1] != b"Z":
+            message = await self._message(reader)
+            said += message
+        return said
+
+    async def _answer(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, idle: asyncio.Event
+    ) -> None:
+        """Pass on what a session says. asyncpg asks nothing more before it has answered, so that
+        ReadyForQuery says whether a transaction is over."""
+        try:
+            while True:
+                message = await self._message(reader)
+                if message == b"Z\x00\x00\x00\x05I":
+                    idle.set()
+                writer.write(message)
+        finally:
+            writer.transport.abort()
+
+
 ServerT = TypeVar("ServerT", bound=StoreServer)
 
 

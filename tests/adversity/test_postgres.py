@@ -18,7 +18,7 @@ from notifyd.postgres import Migration, Postgres
 from notifyd.queue.postgres import EMPTY_LOG_SECONDS, MIGRATIONS, PostgresUserLogs
 from notifyd.resilience import BreakerState, CircuitBreaker
 from tests.contract.backends import a_notification
-from tests.stores import PostgresServer, Proxy, proxy, schema
+from tests.stores import PostgresServer, Proxy, TransactionPooler, proxy, schema
 
 TIMEOUT = 0.5
 PATIENCE = 10.0
@@ -435,6 +435,20 @@ async def test_where_commits_do_not_wait_for_the_disk_ours_do(
     for given, ours in (("off", "on"), ("on", "on"), ("remote_apply", "remote_apply")):
         async with store(f"{url}&synchronous_commit={given}") as postgres:
             assert await commits(postgres) == ours
+
+
+async def test_behind_a_transaction_pooler_statements_must_not_be_kept(
+    postgres_server: PostgresServer, url: str
+) -> None:
+    """What tests/contract runs behind such a pooler, runs behind one that is as they are."""
+    async with TransactionPooler(postgres_server.port) as pooler:
+        through = url.replace(str(postgres_server.port), str(pooler.port), 1)
+        async with store(through, statement_cache_size=0, pool_max=1) as postgres:
+            assert len({await backend_pid(postgres) for _ in range(4)}) == 2
+        async with store(through, statement_cache_size=100, pool_max=1) as postgres:
+            with pytest.raises(Unavailable) as caught:
+                await asyncio.gather(*(backend_pid(postgres) for _ in range(3)))
+            assert isinstance(caught.value.__cause__, asyncpg.InvalidSQLStatementNameError)
 
 
 # --- several processes at one database ---

@@ -40,7 +40,7 @@ from notifyd.redis_client import Redis
 from notifyd.resilience import CircuitBreaker
 from notifyd.templates import MemoryTemplates, TemplateStore
 from notifyd.tenants import MemoryTenants, TenantStore
-from tests.stores import schema
+from tests.stores import TransactionPooler, schema
 
 NOW = 1_800_000_000.0
 
@@ -278,35 +278,44 @@ async def memory(clock: Clock, fixture: Fixture) -> AsyncIterator[Backend]:
 
 
 @asynccontextmanager
-async def postgres(
-    clock: Clock, fixture: Fixture, *, statement_cache_size: int = 100
-) -> AsyncIterator[PostgresBackend]:
+async def postgres(clock: Clock, fixture: Fixture) -> AsyncIterator[PostgresBackend]:
     """Migrated, and gone with the test."""
     url = os.environ.get("NOTIFYD_TEST_POSTGRES_URL") or fixture("running_postgres").url
-    async with schema(url) as its_own:
-        store = Postgres(
-            its_own,
-            CircuitBreaker(BreakerSettings()),
-            migrations=MIGRATIONS,
-            pool_max=4,
-            statement_cache_size=statement_cache_size,
-        )
-        await store.start()
-        backend = PostgresBackend(clock, store)
-        try:
-            await store.migrate()
-            yield backend
-        finally:
-            for close in backend.closers:
-                await close()
-            await store.aclose()
+    async with schema(url) as its_own, migrated(clock, its_own) as backend:
+        yield backend
 
 
 @asynccontextmanager
 async def pooled_postgres(clock: Clock, fixture: Fixture) -> AsyncIterator[Backend]:
-    """As behind a transaction pooler: no statement is prepared for longer than a transaction."""
-    async with postgres(clock, fixture, statement_cache_size=0) as backend:
+    """Behind a transaction pooler: each transaction has another session of the server."""
+    server = fixture("running_postgres")
+    async with TransactionPooler(server.port) as pooler, schema(server.url) as its_own:
+        through = its_own.replace(f":{server.port}/", f":{pooler.port}/")
+        async with migrated(clock, through, statement_cache_size=0) as backend:
+            yield backend
+
+
+@asynccontextmanager
+async def migrated(
+    clock: Clock, url: str, *, statement_cache_size: int = 100
+) -> AsyncIterator[PostgresBackend]:
+    """Connected to a database of its own."""
+    store = Postgres(
+        url,
+        CircuitBreaker(BreakerSettings()),
+        migrations=MIGRATIONS,
+        pool_max=4,
+        statement_cache_size=statement_cache_size,
+    )
+    await store.start()
+    backend = PostgresBackend(clock, store)
+    try:
+        await store.migrate()
         yield backend
+    finally:
+        for close in backend.closers:
+            await close()
+        await store.aclose()
 
 
 @asynccontextmanager
