@@ -272,12 +272,25 @@ class Backends:
         try:
             if self.redis is not None:
                 await self.redis.start()
+                await self._look_at_eviction(self.redis)
             if self.postgres is not None:
                 await self.postgres.start()
                 await self._migrate(self.postgres)
         except BaseException:
             await self.aclose()
             raise
+
+    async def _look_at_eviction(self, redis: Redis) -> None:
+        queue, ack = self._settings.queue, self._settings.ack
+        kept = (queue.enabled and queue.backend == "redis") or (
+            ack.enabled and ack.backend == "redis"
+        )
+        if kept and (policy := await redis.eviction_policy()) is not None:
+            self._log.warning(
+                "Redis gives up what it is to keep when its memory is full;"
+                " set its maxmemory-policy to noeviction",
+                maxmemory_policy=policy,
+            )
 
     async def _migrate(self, postgres: Postgres) -> None:
         if self._settings.postgres.migrate_on_start:

@@ -502,6 +502,23 @@ class Redis:
         except (OSError, TimeoutError) as error:
             raise ConfigurationError(f"redis.url: Redis cannot be used: {_text(error)}.") from error
 
+    async def eviction_policy(self) -> str | None:
+        """By which policy keys are given up when its memory is full; None where none are, or where
+        it does not say (INFO may be forbidden).
+        """
+        if self._link is None:
+            return None
+        loop = asyncio.get_running_loop()
+        call = _Call(pack(("INFO", "memory")), loop.create_future(), None, None)
+        self._link.send([call], loop.time() + self.timeout, _UNCOUNTED)
+        try:
+            answer: bytes = await call.future
+        except Unavailable:
+            return None
+        said = dict(line.split(":", 1) for line in answer.decode().splitlines() if ":" in line)
+        policy = said.get("maxmemory_policy", "noeviction")
+        return None if policy == "noeviction" or said.get("maxmemory", "0") == "0" else policy
+
     async def watch(self) -> NoReturn:
         """Look whether Redis is back while the breaker is not closed, until cancelled."""
         await self._guarded.watch(self._probe, self.timeout)

@@ -20,7 +20,7 @@ from notifyd.queue.redis_keys import RedisKeys, bucket_of, member
 from tests.conftest import StartServer
 from tests.front_door import WAIT, Host, settings_of, user
 from tests.server.test_command import run
-from tests.stores import StoreServer, free_port
+from tests.stores import RedisServer, StoreServer, free_port
 
 Sections = dict[str, dict[str, Any]]
 
@@ -55,6 +55,30 @@ async def test_a_store_that_hangs_stops_the_start(
     async with asyncio.timeout(WAIT):
         with pytest.raises(ConfigurationError, match=rf"^{store}\.url: "):
             await Notifyd(settings_of(**kept)).start()
+
+
+async def test_a_redis_that_would_give_up_what_it_keeps_is_warned_of(
+    redis_server: RedisServer, start_on: StartServer
+) -> None:
+    async def warned(url: str, backend: str = "redis") -> list[str]:
+        rates = {"enabled": True, "backend": "redis"}
+        with capture_logs() as log:
+            await start_on(queue={"backend": backend}, redis={"url": url}, ratelimit=rates)
+        return [each["maxmemory_policy"] for each in log if "maxmemory_policy" in each]
+
+    narrow = redis_server.url.replace("redis://", "redis://narrow:secret@")
+    redis_server.command("ACL", "SETUSER", "narrow", "on", ">secret", "~*", "+@all", "-info")
+    redis_server.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    try:
+        assert await warned(redis_server.url) == []
+        redis_server.command("CONFIG", "SET", "maxmemory", "1gb")
+        assert await warned(redis_server.url) == ["allkeys-lru"]
+        # Where it keeps nothing but counts of requests, it may.
+        assert await warned(redis_server.url, "memory") == []
+        assert await warned(narrow) == []
+    finally:
+        redis_server.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+        redis_server.command("ACL", "DELUSER", "narrow")
 
 
 async def test_a_schema_that_lacks_migrations_stops_the_start(

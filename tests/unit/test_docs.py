@@ -144,6 +144,19 @@ def test_no_metric_is_made_up() -> None:
     assert mentioned <= known | schema
 
 
+def test_every_script_whose_keys_are_not_all_declared() -> None:
+    """Those whose arguments have what keys begin with."""
+    heads = {
+        file.name: file.read_text().partition("\n\n")[0].replace("\n--", "").split()
+        for file in Path(notifyd.__file__).parent.rglob("*.lua")
+    }
+    composing = {
+        name for name, head in heads.items() if re.search("key.* begins? with", " ".join(head))
+    }
+    page = (DOCS / "operations.md").read_text()
+    assert set(re.findall(r"`(\w+\.lua)`", page)) == composing
+
+
 def test_every_route_once_and_who_may_call_it() -> None:
     told = {row[0].strip("`"): row[1] for row in rows(section("http-api.md", "Every route"))}
     told.pop("route")
