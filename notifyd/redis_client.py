@@ -455,7 +455,8 @@ class Redis:
             if not self._closed:
                 self._log.warning("the connection to Redis is lost", reason=_text(error))
                 self._connect_soon()
-        self._fail(calls, error)
+        # Each call that is late is a failure; the loss of a connection is one, for all on it.
+        self._fail(calls, error, once=not isinstance(error, TimeoutError))
 
     def _refused(self, link: _Link, call: _Call, text: str) -> None:
         if text.startswith("NOSCRIPT") and call.script is not None and not call.repeated:
@@ -478,11 +479,10 @@ class Redis:
         if call.script is not None:
             self._log.warning("Redis refused a call", reason=text, script=call.script.name)
 
-    def _fail(self, calls: Sequence[_Call], error: Exception) -> None:
-        breaker = self.breaker
-        for call in calls:
-            if call.period != _UNCOUNTED:
-                breaker.failed(call.period)
+    def _fail(self, calls: Sequence[_Call], error: Exception, *, once: bool = False) -> None:
+        periods = [call.period for call in calls if call.period != _UNCOUNTED]
+        for period in periods[:1] if once else periods:
+            self.breaker.failed(period)
         for call in calls:
             self._reject(call, error)
 

@@ -356,6 +356,25 @@ class TestErrors:
             )
             assert state(redis) is BreakerState.OPEN
 
+    async def test_a_lost_connection_is_one_failure_for_all_who_were_on_it(self) -> None:
+        def answer(command: list[bytes]) -> bytes | None:
+            if command[0] in _HANDSHAKE:
+                return None
+            if command[0] == b"CUT":
+                fake.writers[-1].transport.abort()
+                return b""
+            return b"+OK\r\n"
+
+        async with (
+            faking(answer) as fake,
+            connected(f"redis://127.0.0.1:{fake.port}", threshold=2) as redis,
+        ):
+            calls = [redis.command("CUT") for _ in range(5)]
+            outcomes: Sequence[object] = await asyncio.gather(*calls, return_exceptions=True)
+            assert {type(each) for each in outcomes} == {Unavailable}
+            assert state(redis) is BreakerState.CLOSED
+            assert await redis.command("GET", "x") == b"OK"
+
     async def test_while_it_does_not_read_calls_are_refused(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
