@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
+import pytest
+
 import notifyd.queue.postgres
+from notifyd.errors import Unavailable
 from notifyd.idempotency import key_scope
+from notifyd.identifiers import new_uuid
+from notifyd.options import BreakerSettings
+from notifyd.postgres import Postgres
 from notifyd.queue.postgres import (
+    MAX_NOTES_BYTES,
     MIGRATIONS,
     QUERIES,
     ROWS_PER_BATCH,
+    PostgresAckLedger,
     Room,
     _admit,
     _Confirm,
@@ -27,7 +36,8 @@ from notifyd.queue.postgres import (
     _take_writes,
     _Write,
 )
-from tests.unit.connected import a_notification
+from notifyd.resilience import CircuitBreaker
+from tests.unit.connected import NOW, a_notification
 
 SQL = Path(notifyd.queue.postgres.__file__).parent / "sql"
 
@@ -110,6 +120,33 @@ class TestLedgerBatches:
         batch = _take_ledger_calls(waiting)
         assert list(batch) == [its_own, confirmed, ack, several[0]]
         assert list(waiting) == [*several[1:], another_tenants]
+
+
+async def test_acks_have_room_where_notes_have_none() -> None:
+    postgres = Postgres("postgresql:///none", CircuitBreaker(BreakerSettings()), migrations=())
+    ledger = PostgresAckLedger(
+        postgres,
+        timeout_seconds=30,
+        max_pending=1000,
+        clock=lambda: NOW,
+        on_acknowledged=lambda seconds: None,
+        on_expired=lambda count: None,
+    )
+    sent = [(new_uuid(), "ann") for _ in range(1000)]
+    waiting: list[Awaitable[object]] = []
+
+    def note() -> None:
+        while True:
+            waiting.append(ledger.expect_each("acme", sent))
+
+    with pytest.raises(Unavailable, match="keep up"):
+        note()
+    assert MAX_NOTES_BYTES / 2 < ledger._calls.weight <= MAX_NOTES_BYTES
+    with pytest.raises(Unavailable, match="keep up"):
+        ledger.confirm("acme", "ann", [id for id, _ in sent] * 10)
+    waiting.append(ledger.acknowledge("acme", "ann", [id for id, _ in sent] * 10))
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {type(each) for each in outcomes} == {Unavailable}
 
 
 class Full:
