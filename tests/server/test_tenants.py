@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import redis.asyncio
 
 from notifyd.app import Notifyd
 from notifyd.client import AsyncClient
+from notifyd.connections import outbox
 from notifyd.errors import ConfigurationError, Unauthorized, ValidationError
 from notifyd.identifiers import new_uuid
 from notifyd.identity import Identity
@@ -590,20 +592,41 @@ class TestManyRevocations:
             verifier.verify(of("acme", "never-revoked"))
 
 
-async def test_a_broadcast_of_one_waits_for_no_other(start: StartServer) -> None:
+async def test_a_notification_is_written_before_the_broadcast_of_another_is_through(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A turn of the event loop writes to one, whatever the clock says.
+    monkeypatch.setattr(outbox, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(outbox, "CHECK_EVERY", 1)
     host = await start(**given())
-    many = [await host.websocket(jwt=of("acme", f"u{n}")) for n in range(20)]
+    many = [await host.websocket(jwt=of("acme", f"u{n}")) for n in range(40)]
     other = await host.websocket(jwt=of("globex"))
+    written: list[str] = []
+    begun = asyncio.Event()
+
+    def noted(tenant: str, write: Callable[[bytes], None]) -> Callable[[bytes], None]:
+        def note(data: bytes) -> None:
+            if b"test.event" in data:
+                written.append(tenant)
+                begun.set()
+            write(data)
+
+        return note
+
+    for connection in host.notifyd._registry:
+        connection.outbox.write_to(-1)
+        write = noted(connection.identity.tenant, connection.outbox._write)
+        connection.outbox._write = write  # type: ignore[assignment]  # which has named its argument
     body = {"target": {"type": "broadcast"}, **EVENT}
-    answers = await asyncio.gather(
-        *(host.post("/api/v1/notifications", body, key=ACME) for _ in range(5)),
-        send(host, GLOBEX),
-    )
-    assert [answer.json()["delivered_to"] for answer in answers] == [20] * 5 + [1]
-    for each in many:
-        await each.notifications(5)
+    broadcast = asyncio.create_task(host.post("/api/v1/notifications", body, key=ACME))
+    await begun.wait()
+    assert (await send(host, GLOBEX)).json()["delivered_to"] == 1
+    assert (await broadcast).json()["delivered_to"] == len(many)
     await other.expect("notification")
-    await other.nothing_came()
+    for each in many:
+        await each.expect("notification")
+    assert written.count("acme") == len(many)
+    assert written.index("globex") < len(many)
     await until(lambda: not host.notifyd._flusher.waiting_bytes)
 
 
