@@ -219,6 +219,7 @@ class Notifyd(PublishingCalls):
             spread=spread,
             spawn=self._tasks.spawn,
             presence=None if self.cluster is None else self.cluster.presence,
+            occupancy=self.cluster.occupancy if self.cluster and self.tenants.enabled else None,
             rate_limits=self._backends.rate_limits,
         )
         self._writes.on_returned = self._returned

@@ -482,10 +482,10 @@ class TenantSettings(Section, frozen=True, kw_only=True):
         ),
     ] = True
     max_connections: Annotated[
-        int, count("connections"), says("Connections of one tenant at this node.")
+        int, count("connections"), says("Connections of one tenant at all nodes together.")
     ] = 1000
     max_connections_per_user: Annotated[
-        int, count("connections"), says("Connections of one user at this node.")
+        int, count("connections"), says("Connections of one user at each node.")
     ] = 20
     max_subscriptions_per_connection: Annotated[
         int, count("channels"), says("Channels of one connection.")

@@ -56,7 +56,7 @@ def encoded(name: str) -> str:
 
 
 class TenantLimits(msgspec.Struct, frozen=True):
-    """What one tenant may have at a node."""
+    """What one tenant may have: connections at all nodes together, those of one user at each."""
 
     max_connections: int
     max_connections_per_user: int
@@ -83,7 +83,7 @@ class LimitChanges(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """The limits that were set at run time, as of a version."""
+    """The limits that were set at run time, as of a version, which is another after each change."""
 
     version: int
     limits: Mapping[str, LimitChanges]

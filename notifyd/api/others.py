@@ -7,6 +7,7 @@ done here first, and is an error where the others cannot be told: the caller rep
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -52,6 +53,20 @@ class NodeFigures(msgspec.Struct, frozen=True, gc=False):
     counted: dict[str, int] = {}
 
 
+class TenantHere(msgspec.Struct, frozen=True, gc=False):
+    """What a node has of one of many tenants. Of channels the names, so that one on two nodes
+    counts once; those that were too many to name are `more`."""
+
+    connections: int
+    users: int
+    channels: list[str]
+    more: int = 0
+
+
+MAX_NAMED = 100_000
+"""Channels that a node names of all tenants together; of further ones it tells how many."""
+
+
 class Others:
     """The other nodes, as the API needs them. `counted` gives this node's own figures."""
 
@@ -70,6 +85,7 @@ class Others:
         cluster.answers.update(
             devices=_asked(tuple[str, str], lambda about: self.devices_here(*about)),
             figures=_asked(str, self.figures_here),
+            tenants=lambda about: self.tenants_here(),
             channel=_asked(tuple[str, str], lambda about: self._channel_here(*about)),
             owner=_asked(tuple[str, str], lambda about: self._owner_here(*about)),
             disconnect=_asked(tuple[str, str, str], lambda about: self._disconnect_here(*about)),
@@ -97,6 +113,17 @@ class Others:
     async def figures(self, tenant: str) -> dict[str, NodeFigures]:
         """The figures of other nodes, by their ids."""
         return await self._look("figures", tenant, NodeFigures)
+
+    async def tenants(self) -> list[dict[str, TenantHere]]:
+        """All tenants with a connection, of each other node."""
+        return list((await self._look("tenants", None, dict[str, TenantHere])).values())
+
+    async def users_by_tenant(self) -> dict[str, int]:
+        """Users on any node, each once, of all tenants; of none where that cannot be had."""
+        try:
+            return await self._cluster.presence.count_all()
+        except Unavailable:
+            return {}
 
     async def channel(self, tenant: str, name: str) -> list[ChannelFound]:
         """A channel on those other nodes that have it."""
@@ -209,6 +236,18 @@ class Others:
             {name: len(channel.connections) for name, channel in here.channels.items()},
             self._counted(),
         )
+
+    def tenants_here(self) -> dict[str, TenantHere]:
+        """This node's own, of all tenants."""
+        room = MAX_NAMED
+        found = {}
+        for name, here in self._registry.tenants.items():
+            named = list(islice(here.channels, room))
+            room -= len(named)
+            found[name] = TenantHere(
+                len(here.connections), len(here.users), named, len(here.channels) - len(named)
+            )
+        return found
 
     def _channel_here(self, tenant: str, name: str) -> ChannelFound | None:
         channel = self._registry.tenant(tenant).channels.get(name)

@@ -118,7 +118,7 @@ def build_endpoints(services: Services) -> list[Endpoint]:
         ).endpoints(),
         *Templates(guard, services.templates, clock=clock).endpoints(),
         *Acks(guard, services.confirmations, services.ledger).endpoints(),
-        *TenantApi(guard, services.registry).endpoints(),
+        *TenantApi(guard, services.registry, others).endpoints(),
         *stats.endpoints(),
         *ClusterStatusApi(guard, services.registry, others).endpoints(),
         *Operations(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 
 import msgspec
 
 from notifyd.api.decoding import Decoder
 from notifyd.api.guard import Description, Endpoint, Guard, Request
+from notifyd.api.others import Others
+from notifyd.api.stats import ConnectionTotals
 from notifyd.connections.registry import Registry
 from notifyd.errors import Forbidden, NotFound, Unavailable
 from notifyd.tenants import Figures, LimitChanges, TenantLimits
@@ -21,9 +24,9 @@ class Sums(msgspec.Struct, gc=False):
 
 
 class TenantFigures(msgspec.Struct, gc=False):
-    """One tenant. `connections`, `users` and `channels` are those of this node, now; what was sent
-    is null while the store does not answer. `deliveries` counts the connections that took a
-    notification when it was sent.
+    """One tenant. `connections`, `users` and `channels` are those of all nodes that answer, now;
+    what was sent is null while the store does not answer. `deliveries` counts the connections that
+    took a notification when it was sent.
     """
 
     id: str
@@ -36,8 +39,8 @@ class TenantFigures(msgspec.Struct, gc=False):
 
 
 class TenantList(msgspec.Struct, gc=False):
-    """Tenants by id: those that the settings name, that were given limits, that are connected to
-    this node, or that sent anything this month."""
+    """Tenants by id: those that the settings name, that were given limits, that are connected, or
+    that sent anything this month."""
 
     tenants: list[TenantFigures]
     total: int
@@ -51,12 +54,13 @@ class LimitsAnswer(msgspec.Struct, gc=False):
 
 
 class TenantApi:
-    """The handlers of /api/v1/tenants."""
+    """The handlers of /api/v1/tenants. `others` is None where this is the only node."""
 
-    def __init__(self, guard: Guard, registry: Registry) -> None:
+    def __init__(self, guard: Guard, registry: Registry, others: Others | None) -> None:
         self._guard = guard
         self._tenants = guard.tenants
         self._registry = registry
+        self._others = others
         self._body = Decoder(LimitChanges)
 
     def endpoints(self) -> list[Endpoint]:
@@ -100,8 +104,12 @@ class TenantApi:
         self._tenants.require()
         self._require_unbound(request, "It sees /api/v1/tenants/{id} of its own.")
         sent = await self._sent(None)
-        names = {*self._tenants.known(), *self._registry.tenants, *(sent or ())}
-        tenants = [self._figures(name, sent) for name in sorted(names)]
+        connected = await self._all_connected()
+        names = {*self._tenants.known(), *connected, *(sent or ())}
+        nothing = ConnectionTotals(0, 0, 0)
+        tenants = [
+            self._figures(name, connected.get(name, nothing), sent) for name in sorted(names)
+        ]
         return TenantList(tenants, len(tenants))
 
     async def one(self, request: Request) -> TenantFigures:
@@ -109,7 +117,7 @@ class TenantApi:
         name = self._tenants.visible(request.principal, request.path_params["id"])
         if not self._tenants.exists(name):
             raise NotFound("There is no tenant of this id.")
-        return self._figures(name, await self._sent(name))
+        return self._figures(name, await self._connected(name), await self._sent(name))
 
     async def limit(self, request: Request) -> LimitsAnswer:
         """PUT /api/v1/tenants/{id}/limits. What is left out is as in the settings again."""
@@ -134,8 +142,38 @@ class TenantApi:
             # What this node knows by itself is needed most when a store is down.
             return None
 
-    def _figures(self, name: str, sent: Mapping[str, Figures] | None) -> TenantFigures:
+    async def _connected(self, name: str) -> ConnectionTotals:
         here = self._registry.tenant(name)
+        if self._others is None:
+            return ConnectionTotals(len(here.connections), len(here.users), len(here.channels))
+        nodes = list((await self._others.figures(name)).values())
+        users = await self._others.users(name)
+        return ConnectionTotals(
+            len(here.connections) + sum(each.websocket + each.sse for each in nodes),
+            len(here.users) + sum(each.users for each in nodes) if users is None else users,
+            len({*here.channels, *chain.from_iterable(each.channels for each in nodes)}),
+        )
+
+    async def _all_connected(self) -> dict[str, ConnectionTotals]:
+        """As `_connected`, of all tenants that have any connection, asked for in one."""
+        if self._others is None:
+            return {name: await self._connected(name) for name in self._registry.tenants}
+        nodes = [self._others.tenants_here(), *await self._others.tenants()]
+        users = await self._others.users_by_tenant()
+        found = {}
+        for name in {*chain.from_iterable(nodes)}:
+            on = [node[name] for node in nodes if name in node]
+            channels = {*chain.from_iterable(each.channels for each in on)}
+            found[name] = ConnectionTotals(
+                sum(each.connections for each in on),
+                users.get(name) or sum(each.users for each in on),
+                len(channels) + sum(each.more for each in on),
+            )
+        return found
+
+    def _figures(
+        self, name: str, connected: ConnectionTotals, sent: Mapping[str, Figures] | None
+    ) -> TenantFigures:
         notifications = deliveries = None
         if sent is not None:
             figures = sent.get(name, Figures())
@@ -144,9 +182,9 @@ class TenantApi:
             deliveries = Sums(today.deliveries, month.deliveries)
         return TenantFigures(
             name,
-            len(here.connections),
-            len(here.users),
-            len(here.channels),
+            connected.total,
+            connected.unique_users,
+            connected.channels,
             notifications,
             deliveries,
             self._tenants.limits(name),

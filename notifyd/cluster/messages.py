@@ -164,6 +164,14 @@ class Revoked(Body, frozen=True):
     at: float
 
 
+class Connected(Body, frozen=True):
+    """Connections at the sender, of each tenant that changed, or of all tenants that have any
+    (`whole`)."""
+
+    counts: dict[str, int]
+    whole: bool = False
+
+
 KINDS: dict[str, type[Body]] = {
     "routed": Routed,
     "spread": Spread,
@@ -176,6 +184,7 @@ KINDS: dict[str, type[Body]] = {
     "answer": Answer,
     "alive": Alive,
     "revoked": Revoked,
+    "connected": Connected,
 }
 
 _NAMES = {kind: name for name, kind in KINDS.items()}

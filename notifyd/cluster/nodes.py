@@ -109,6 +109,11 @@ class Nodes:
         others.sort(key=lambda node: (node.said.name, node.id))
         return [Node(self.id, self._said, math.inf), *others]
 
+    def is_alive(self, id: str) -> bool:
+        """Whether another node's lease holds."""
+        node = self._known.get(id)
+        return node is not None and node.until > self._clock()
+
     def beat(self) -> asyncio.Future[bool]:
         """Renew the lease and look who else there is. Raises Unavailable, at once or later.
 

@@ -27,6 +27,7 @@ from notifyd.cluster.messages import (
     Ask,
     BadMessage,
     Body,
+    Connected,
     Held,
     Incoming,
     Reached,
@@ -42,6 +43,7 @@ from notifyd.cluster.messages import (
     wired,
 )
 from notifyd.cluster.nodes import Node, Nodes, script
+from notifyd.cluster.occupancy import Occupancy
 from notifyd.cluster.presence import Found, Presence, UserKey
 from notifyd.connections.registry import Registry
 from notifyd.errors import ConfigurationError, Unavailable
@@ -182,6 +184,7 @@ class Cluster:
         self.bus = Bus(
             redis, cluster_keys, self.id, metrics, receive=self._receive, on_up=self._heard_again
         )
+        self.occupancy = Occupancy(redis, cluster_keys, self.bus, self.nodes, registry)
         self.answers: dict[str, Asked] = {
             "confirmed": lambda about: self.confirmed_here(*_decode_question(about))
         }
@@ -235,6 +238,7 @@ class Cluster:
             await self.presence.leave()
             await self.nodes.leave()
         self.bus.to_all(Alive(ending=True))
+        self.occupancy.close()
         self.bus.give_up()
         await self._tasks.aclose()
 
@@ -251,6 +255,7 @@ class Cluster:
         while True:
             try:
                 kept = await self.nodes.beat()
+                self.occupancy.tell_all()
                 self._revocations_kept = self._revocations_kept and kept
                 if not self._revocations_kept:
                     await self._revoke_again()
@@ -686,6 +691,8 @@ class Cluster:
                 self.revoke_here(body.tenant, body.user, body.at)
             case Ask():
                 self._asked(incoming, body)
+            case Connected():
+                self.occupancy.learn(incoming.sender, body)
             case Alive():
                 if body.ending:
                     self.nodes.forget(incoming.sender)

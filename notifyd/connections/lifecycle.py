@@ -14,6 +14,7 @@ import structlog
 
 from notifyd import wire
 from notifyd.channel_rules import ChannelRules
+from notifyd.cluster.occupancy import Occupancy
 from notifyd.cluster.presence import Presence
 from notifyd.connections.admission import Admission, Handshake
 from notifyd.connections.connection import Connection, State
@@ -115,6 +116,7 @@ class Lifecycle:
         spread: Callable[[float, float], float],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         presence: Presence | None = None,
+        occupancy: Occupancy | None = None,
         rate_limits: RateLimits | None = None,
     ) -> None:
         self.registry = registry
@@ -131,6 +133,7 @@ class Lifecycle:
         self._spread = spread
         self._spawn = spawn
         self._presence = presence
+        self._occupancy = occupancy
         self._rate_limits = rate_limits
         self._log = structlog.get_logger("notifyd.connections")
         self.draining = False
@@ -211,11 +214,21 @@ class Lifecycle:
                 f"This user has {his} connections, as many as one user may have.",
                 retry_after=LIMIT_RETRY_AFTER,
             )
-        if len(tenant.connections) >= limits.max_connections:
+        if self._is_full(identity.tenant, len(tenant.connections), limits.max_connections):
             raise ConnectionLimit(
                 "This tenant has as many connections as it may have.",
                 retry_after=LIMIT_RETRY_AFTER,
             )
+
+    def _is_full(self, tenant: str, here: int, most: int) -> bool:
+        """Whether a tenant has as many connections as it may have, at all nodes together."""
+        occupancy = self._occupancy
+        if here >= most or occupancy is None:
+            return here >= most
+        if here + occupancy.elsewhere(tenant) < most:
+            return False
+        occupancy.doubt(tenant)
+        return True
 
     def connect(
         self,
@@ -287,6 +300,8 @@ class Lifecycle:
         known = None
         if self._presence is not None:
             known = self._presence.came(identity.tenant, identity.user_id)
+        if self._occupancy is not None:
+            self._occupancy.changed(identity.tenant)
         self._heartbeat.add(connection)
         self._metrics.connections_opened_total.labels(connection.transport).inc()
         if connection.transport == "sse":
@@ -763,6 +778,8 @@ class Lifecycle:
         self.registry.remove(connection)
         if self._presence is not None:
             self._presence.went(connection.identity.tenant, connection.identity.user_id)
+        if self._occupancy is not None:
+            self._occupancy.changed(connection.identity.tenant)
         self._heartbeat.discard(connection)
         self._replayer.forget(connection)
         self._confirmations.release(connection)

@@ -940,7 +940,8 @@ class RedisTenants:
             if answer == b"full":
                 raise too_many(self._max_tenants)
 
-        args = (tenant, _encode_limits(limits), self._max_tenants)
+        version = 1 + secrets.randbits(62)
+        args = (tenant, _encode_limits(limits), self._max_tenants, version)
         return self._redis.run(self._limits, (self._keys.tenant_limits,), args, done)
 
     async def add(self, day: date, counts: Mapping[str, Counts]) -> None:

@@ -154,11 +154,11 @@ class NodeProcess:
         message: Message = answer.json()
         return message
 
-    async def websocket(self, user_id: str, query: str = "") -> WebSocketListener:
-        """Connect a user."""
+    async def websocket(self, user_id: str, query: str = "", **claims: Any) -> WebSocketListener:
+        """Connect a user, with these claims in his token."""
         connection = await connect(
             f"ws://127.0.0.1:{self.port}/ws{query}",
-            additional_headers={"Authorization": f"Bearer {token(user_id)}"},
+            additional_headers={"Authorization": f"Bearer {token(user_id, **claims)}"},
             ping_interval=None,
             compression=None,
             proxy=None,

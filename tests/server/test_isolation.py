@@ -53,9 +53,19 @@ Step: TypeAlias = tuple[str, tuple[Any, ...]]
 class Player:
     """One tenant: what it does, and everything that it was told."""
 
-    def __init__(self, host: Host, name: str, others: Callable[[], list[str]]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        name: str,
+        others: Callable[[], list[str]],
+        *,
+        names: tuple[str, str] = TENANTS,
+        key: str | None = None,
+    ) -> None:
         self.host = host
         self.name = name
+        self.other = names[1 - names.index(name)]
+        self.key = key or KEYS[name]
         self.secret = f"the secret of <{name}>"
         self.transcript: list[str] = []
         self.listeners: list[tuple[str, Listener]] = []
@@ -100,7 +110,7 @@ class Player:
 
     async def publish(self, target: dict[str, Any], number: int) -> None:
         body = {"target": target, "event_type": SYNC, "payload": number, "ttl": 0}
-        answer = await self.host.post("/api/v1/notifications", body, key=KEYS[self.name])
+        answer = await self.host.post("/api/v1/notifications", body, key=self.key)
         assert answer.status_code == 200
 
     async def _hear(self, user: str, listener: Listener, number: int) -> None:
@@ -121,7 +131,7 @@ class Player:
     async def call(
         self, method: str, path: str, body: bytes | None = None, **headers: str | None
     ) -> None:
-        given = {"X-API-Key": KEYS[self.name]}
+        given = {"X-API-Key": self.key}
         given |= {name.replace("_", "-"): text for name, text in headers.items() if text}
         answer = await self.host.http.request(method, path, content=body, headers=given)
         replayed = answer.headers.get("idempotent-replay", "")
@@ -150,9 +160,12 @@ class Player:
         if self.listeners:
             _, listener = self.listeners.pop(number % len(self.listeners))
             await listener.close()
-            id = listener.connected["connection_id"]
-            here = self.host.notifyd._registry.tenant(self.name).connections
-            await until(lambda: id not in here)
+            await self.gone(listener)
+
+    async def gone(self, listener: Listener) -> None:
+        id = listener.connected["connection_id"]
+        here = self.host.notifyd._registry.tenant(self.name).connections
+        await until(lambda: id not in here)
 
     async def subscribe(self, number: int, channels: tuple[str, ...], away: bool) -> None:
         await self.say(number, "Unsubscribe" if away else "Subscribe", {"channels": channels})
@@ -246,9 +259,8 @@ class Player:
 
     async def trespass(self, path: str) -> None:
         """Ask for the other one by name."""
-        other = TENANTS[1 - TENANTS.index(self.name)]
-        await self.call("GET", path.replace("{other}", other))
-        await self.call("GET", "/api/v1/channels", X_Tenant_ID=other)
+        await self.call("GET", path.replace("{other}", self.other))
+        await self.call("GET", "/api/v1/channels", X_Tenant_ID=self.other)
 
 
 def picked(*of: Any) -> st.SearchStrategy[Any]:

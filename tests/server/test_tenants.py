@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import redis.asyncio
 
 from notifyd.app import Notifyd
 from notifyd.client import AsyncClient
+from notifyd.connections import outbox
 from notifyd.errors import ConfigurationError, Unauthorized, ValidationError
 from notifyd.identifiers import new_uuid
 from notifyd.identity import Identity
@@ -427,6 +431,92 @@ class TestKeptInAStore:
         assert (await host.get(path, key=OPERATOR)).json()["limits"]["max_connections"] == 9
 
 
+class TestKeptInRedis:
+    async def test_limits_that_redis_lost_are_followed_by_new_ones(
+        self, start_on: StartServer, redis_url: str
+    ) -> None:
+        prefix = f"test-{new_uuid()}"
+        stores: dict[str, Any] = {
+            "queue": {"backend": "redis"},
+            "redis": {"url": redis_url, "key_prefix": prefix},
+        }
+        one, other = [await start_on(**given(), **stores) for _ in range(2)]
+        path = "/api/v1/tenants/acme"
+
+        async def limit_seen(most: int) -> int:
+            content = json.dumps({"max_connections": most}).encode()
+            answer = await one.request("PUT", f"{path}/limits", key=OPERATOR, content=content)
+            assert answer.status_code == 200
+            # As the other one does every few seconds.
+            await other.notifyd.tenants.sync()
+            seen: int = (await other.get(path, key=ACME)).json()["limits"]["max_connections"]
+            return seen
+
+        assert await limit_seen(5) == 5
+        async with redis.asyncio.from_url(redis_url) as client:
+            assert await client.delete(f"{prefix}:{{tenants}}:limits") == 1
+        assert await limit_seen(7) == 7
+
+    async def test_no_name_reaches_anothers_keys(
+        self, start_on: StartServer, redis_url: str
+    ) -> None:
+        """Users, channels, templates and keys whose names hold what Redis's keys are made of."""
+        users = ("a", "a:b", "a|b", "{a}", "a}:log:acme|a", "acme|a", "%61", "a%7Cb", "*", "a[b]?")
+        prefix = f"test-{new_uuid()}"
+        backend = {"backend": "redis"}
+        host = await start_on(
+            queue=backend,
+            ack=backend,
+            redis={"url": redis_url, "key_prefix": prefix},
+            cluster={"enabled": True},
+            **given(),
+        )
+        template = {"name": "t", "event_type": "e", "payload_template": {"of": ""}}
+        for key, tenant in ((ACME, "acme"), (GLOBEX, "globex")):
+            for name in ("a", "a:b", "a.b"):
+                body = {**template, "id": name, "payload_template": f"{tenant} {name}"}
+                assert (await host.post("/api/v1/templates", body, key=key)).status_code == 201
+            for name in users:
+                body = {"target": user(name), "event_type": "e", "payload": f"{tenant} {name}"}
+                answer = await host.post(
+                    "/api/v1/notifications", {**body, "idempotency_key": name}, key=key
+                )
+                assert answer.json()["outcome"] == "queued"
+        for key, tenant in ((ACME, "acme"), (GLOBEX, "globex")):
+            for name in ("a", "a:b", "a.b"):
+                found = (await host.get(f"/api/v1/templates/{name}", key=key)).json()
+                assert found["payload_template"] == f"{tenant} {name}"
+            for number, name in enumerate(users, 1):
+                listener = await host.websocket(jwt=of(tenant, name))
+                assert (await listener.expect("notification"))["payload"] == f"{tenant} {name}"
+                assert (await listener.expect("caught_up"))["replayed"] == 1
+                answer = await host.post("/api/v1/presence", {"user_ids": users}, key=key)
+                assert answer.json() == {"online": dict.fromkeys(users[:number], 1)}
+
+    @pytest.mark.parametrize("name", ["a\n", "a\r\nSET x y", "a\x00b", ""])
+    async def test_what_is_no_name_makes_no_key(
+        self, start_on: StartServer, redis_url: str, name: str
+    ) -> None:
+        prefix = f"test-{new_uuid()}"
+        backend = {"backend": "redis"}
+        host = await start_on(
+            queue=backend, ack=backend, redis={"url": redis_url, "key_prefix": prefix}, **given()
+        )
+        bodies: tuple[tuple[dict[str, Any], int], ...] = (
+            ({"target": user(name), **EVENT}, 422),
+            ({"target": {"type": "users", "value": ["u1", name]}, **EVENT}, 422),
+            ({"target": {"type": "channel", "value": name}, **EVENT}, 422),
+            ({"target": user("u1"), "template_id": name, "variables": {}}, 404),
+        )
+        for body, status in bodies:
+            answer = await host.post("/api/v1/notifications", body, key=ACME)
+            assert answer.status_code == status, body
+        template = {"id": name, "name": "t", "event_type": "e", "payload_template": {}}
+        assert problem(await host.post("/api/v1/templates", template, key=ACME))[0] == 422
+        async with redis.asyncio.from_url(redis_url) as client:
+            assert [key async for key in client.scan_iter(f"{prefix}:*")] == []
+
+
 class TestTheClientAndTheApplication:
     async def test_a_client_names_its_tenant(self, start_on: StartServer) -> None:
         host = await start_on(**given())
@@ -502,20 +592,41 @@ class TestManyRevocations:
             verifier.verify(of("acme", "never-revoked"))
 
 
-async def test_a_broadcast_of_one_waits_for_no_other(start: StartServer) -> None:
+async def test_a_notification_is_written_before_the_broadcast_of_another_is_through(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A turn of the event loop writes to one, whatever the clock says.
+    monkeypatch.setattr(outbox, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(outbox, "CHECK_EVERY", 1)
     host = await start(**given())
-    many = [await host.websocket(jwt=of("acme", f"u{n}")) for n in range(20)]
+    many = [await host.websocket(jwt=of("acme", f"u{n}")) for n in range(40)]
     other = await host.websocket(jwt=of("globex"))
+    written: list[str] = []
+    begun = asyncio.Event()
+
+    def noted(tenant: str, write: Callable[[bytes], None]) -> Callable[[bytes], None]:
+        def note(data: bytes) -> None:
+            if b"test.event" in data:
+                written.append(tenant)
+                begun.set()
+            write(data)
+
+        return note
+
+    for connection in host.notifyd._registry:
+        connection.outbox.write_to(-1)
+        write = noted(connection.identity.tenant, connection.outbox._write)
+        connection.outbox._write = write  # type: ignore[assignment]  # which has named its argument
     body = {"target": {"type": "broadcast"}, **EVENT}
-    answers = await asyncio.gather(
-        *(host.post("/api/v1/notifications", body, key=ACME) for _ in range(5)),
-        send(host, GLOBEX),
-    )
-    assert [answer.json()["delivered_to"] for answer in answers] == [20] * 5 + [1]
-    for each in many:
-        await each.notifications(5)
+    broadcast = asyncio.create_task(host.post("/api/v1/notifications", body, key=ACME))
+    await begun.wait()
+    assert (await send(host, GLOBEX)).json()["delivered_to"] == 1
+    assert (await broadcast).json()["delivered_to"] == len(many)
     await other.expect("notification")
-    await other.nothing_came()
+    for each in many:
+        await each.expect("notification")
+    assert written.count("acme") == len(many)
+    assert written.index("globex") < len(many)
     await until(lambda: not host.notifyd._flusher.waiting_bytes)
 
 
