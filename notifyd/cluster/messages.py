@@ -27,12 +27,16 @@ from notifyd.notification import (
     Priority,
 )
 from notifyd.templates import MAX_EVENT_TYPE
+from notifyd.tenants import MAX_TENANTS
 
 VERSION = 1
 """Of this program's messages; it grows when a field or a kind is added."""
 
 ALONE = b"\x00"
 SEVERAL = b"\x01"
+
+MAX_CONNECTIONS = 10_000_000
+"""Of one tenant at one node."""
 
 BadReason = Literal["not_msgpack", "shape", "unknown", "payload", "failed"]
 
@@ -168,7 +172,9 @@ class Connected(Body, frozen=True):
     """Connections at the sender, of each tenant that changed, or of all tenants that have any
     (`whole`)."""
 
-    counts: dict[str, int]
+    counts: Annotated[
+        dict[str, Annotated[int, Meta(ge=0, le=MAX_CONNECTIONS)]], Meta(max_length=MAX_TENANTS)
+    ]
     whole: bool = False
 
 

@@ -25,6 +25,9 @@ TELL_SECONDS = 0.05
 TOLD_AT_ONCE = 20
 """Changes are told once in so many seconds; after a pause so many times at once."""
 
+MAX_NODES = 1000
+"""What more call themselves nodes, between two beats, is not theirs to say."""
+
 DOUBT_SECONDS = 1.0
 """Whether a node is still there is looked at no more often."""
 
@@ -65,6 +68,8 @@ class Occupancy:
 
     def learn(self, node: str, said: Connected) -> None:
         """A node says what it has."""
+        if node not in self._elsewhere and len(self._elsewhere) >= MAX_NODES:
+            return
         if said.whole:
             self._elsewhere[node] = said.counts
             return

@@ -60,6 +60,19 @@ def test_what_a_node_said_ends_with_its_lease() -> None:
     assert seen.elsewhere("acme") == 0
 
 
+def test_who_calls_himself_a_node_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(occupancy, "MAX_NODES", 2)
+    others = Others()
+    seen = made(others)
+    for name in ("stranger", "n1", "n2"):
+        seen.learn(name, Connected({"acme": 1}))
+    assert seen.elsewhere("acme") == 1
+    # The next beat tells who is one.
+    seen.tell_all()
+    seen.learn("n2", Connected({"acme": 1}))
+    assert seen.elsewhere("acme") == 2
+
+
 def test_of_more_tenants_than_are_kept_the_largest_are_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
