@@ -469,8 +469,10 @@ class Turn(Generic[C]):
         """Give up those that have waited too long."""
         self._timer = None
         waiting, loop = self._waiting, asyncio.get_running_loop()
+        # With those that came at the same moment, so that what was to be stored in a row does not
+        # lose one in its middle.
         late = []
-        while waiting and waiting[0].deadline <= loop.time():
+        while waiting and waiting[0].deadline <= loop.time() + _LATE_SECONDS:
             late.append(waiting.popleft())
         self._left(late)
         _fail(late, _too_slow())

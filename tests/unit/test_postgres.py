@@ -145,9 +145,14 @@ class TestTurn:
         store = Store()
         store.go.clear()
         turn = Turn(store.answer, timeout=0.01, take=take(1))
-        first, *behind = calls(turn, "abc")
-        outcomes = await asyncio.gather(*behind, return_exceptions=True)
-        assert [type(each) for each in outcomes] == [Unavailable] * 2
+        made = [Call(name) for name in "abc"]
+        for call in made:
+            turn.add(call)
+        first, *behind = [call.future for call in made]
+        # What came at about the same moment is given up together.
+        made[2].deadline += 0.05
+        await asyncio.wait(behind, return_when=asyncio.FIRST_COMPLETED)
+        assert [type(each.exception()) for each in behind] == [Unavailable] * 2
         assert turn.weight == 0
         store.go.set()
         assert await first == "a"
