@@ -311,10 +311,11 @@ class Notifyd(PublishingCalls):
             dispatcher,
             templates=backends.templates,
             idempotency=backends.idempotency,
+            ledger=self._ledger,
             metrics=self.metrics,
             clock=self._clock,
             tenant_of=self.tenants.of_message,
-            clustered=self.cluster is not None,
+            cluster=self.cluster,
             ledger_in_redis=settings.ack.enabled and settings.ack.backend == "redis",
         )
 

@@ -128,9 +128,13 @@ class Wait:
 class IdempotencyKeys(Protocol):
     """Where keys and their answers are kept."""
 
-    def claim(self, scope: Scope, fingerprint: bytes) -> Eventually[Fresh | Replay | Wait]:
+    def claim(
+        self, scope: Scope, fingerprint: bytes, *, alone: bool = False
+    ) -> Eventually[Fresh | Replay | Wait]:
         """Who works on this key.
 
+        `alone`: no other process works on keys of this route, so that a key at which another is
+        said to be at work is taken over from it; of this process's own calls the caller knows.
         Raises ValidationError where its body was another one, Unavailable where no more keys can
         be at work.
         """
@@ -269,8 +273,10 @@ class MemoryIdempotencyKeys:
         """Keys known, those at work included."""
         return len(self._kept) + len(self._working)
 
-    def claim(self, scope: Scope, fingerprint: bytes) -> Fresh | Replay | Wait:
-        """Who works on this key.
+    def claim(
+        self, scope: Scope, fingerprint: bytes, *, alone: bool = False
+    ) -> Fresh | Replay | Wait:
+        """Who works on this key; no other process ever does.
 
         Raises ValidationError where its body was another one, Unavailable where `max_keys` are at
         work.
@@ -397,7 +403,9 @@ class FallbackIdempotencyKeys:
         self._store = store
         self._memory = memory
 
-    def claim(self, scope: Scope, fingerprint: bytes) -> Eventually[Fresh | Replay | Wait]:
+    def claim(
+        self, scope: Scope, fingerprint: bytes, *, alone: bool = False
+    ) -> Eventually[Fresh | Replay | Wait]:
         """Who works on this key; immediate where this node knows.
 
         Raises ValidationError where its body was another one, Unavailable where no more keys can
@@ -405,7 +413,7 @@ class FallbackIdempotencyKeys:
         """
         local = self._memory.claim(scope, fingerprint)
         if isinstance(local, Fresh):
-            return self._claim_stored(local, fingerprint)
+            return self._claim_stored(local, fingerprint, alone)
         return Wait(self, scope, fingerprint) if isinstance(local, Wait) else local
 
     async def wait(self, scope: Scope, fingerprint: bytes) -> Fresh | Replay:
@@ -426,10 +434,12 @@ class FallbackIdempotencyKeys:
             raise
         return self._joined(local, stored)
 
-    async def _claim_stored(self, local: Fresh, fingerprint: bytes) -> Fresh | Replay | Wait:
+    async def _claim_stored(
+        self, local: Fresh, fingerprint: bytes, alone: bool
+    ) -> Fresh | Replay | Wait:
         try:
             stored: Fresh | Replay | Wait
-            stored = await settled(self._store.claim(local.scope, fingerprint))
+            stored = await settled(self._store.claim(local.scope, fingerprint, alone=alone))
         except Unavailable:
             return local
         except BaseException:

@@ -55,7 +55,8 @@ class Notification(msgspec.Struct, frozen=True, gc=False):
 
     `id` is a UUID in its canonical text; `occurred_at` and `expires_at` are Unix seconds
     (`expires_at` None: no limit of its own); `payload` is normalised JSON (UTF-8, one line, at most
-    64 deep); `ttl` is in seconds, as the caller gave it.
+    64 deep); `ttl` is in seconds, as the caller gave it. `entry` says of which entry of a stream it
+    was made, and None of all else: only what has one may be dispatched again after a fault.
     """
 
     id: str
@@ -68,6 +69,7 @@ class Notification(msgspec.Struct, frozen=True, gc=False):
     source: str | None = None
     audience: Audience = EVERYONE
     require_ack: bool = False
+    entry: str | None = None
 
     @property
     def expires_at(self) -> float | None:

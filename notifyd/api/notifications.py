@@ -356,33 +356,35 @@ class Composer:
         self._new_id = new_id
 
     def __call__(
-        self, tenant: str, content: Content, id: str | None = None, at: float | None = None
+        self, tenant: str, content: Content, entry: str | None = None, at: float | None = None
     ) -> Eventually[Notification]:
         """The notification, whole and checked; raises ValidationError and NotFound.
 
-        `id` is its id where the content has none, `at` when it occurred (Unix seconds); else a new
-        one, and now.
+        `entry` is that of a stream, and its id where the content has none, `at` when it occurred
+        (Unix seconds); else a new one, and now.
         """
         if content.template_id is None:
             event_type = content.event_type
             if event_type is None or content.payload is MISSING or content.variables is not MISSING:
                 raise _incomplete(content)
             payload = normalise_payload(content.payload)
-            return self._notification(content, event_type, payload, Priority.NORMAL, None, id, at)
+            return self._notification(
+                content, event_type, payload, Priority.NORMAL, None, entry, at
+            )
         if content.event_type is not None or content.payload is not MISSING:
             raise _incomplete(content)
         return then(
             self._templates.get(tenant, content.template_id),
-            lambda template: self._filled_in(content, template, id, at),
+            lambda template: self._filled_in(content, template, entry, at),
         )
 
     def _filled_in(
-        self, content: Content, template: Template, id: str | None, at: float | None
+        self, content: Content, template: Template, entry: str | None, at: float | None
     ) -> Notification:
         variables = b"{}" if content.variables is MISSING else bytes(content.variables)
         payload = render(template, variables)
         return self._notification(
-            content, template.event_type, payload, template.priority, template.ttl, id, at
+            content, template.event_type, payload, template.priority, template.ttl, entry, at
         )
 
     def _notification(
@@ -392,16 +394,12 @@ class Composer:
         payload: Raw,
         priority: Priority,
         ttl: int | None,
-        id: str | None,
+        entry: str | None,
         at: float | None,
     ) -> Notification:
         """What the caller says counts before what his template says."""
-        if content.id is not None:
-            id = canonical_uuid(content.id)
-        elif id is None:
-            id = self._new_id()
         return Notification(
-            id,
+            canonical_uuid(content.id) if content.id is not None else entry or self._new_id(),
             self._clock() if at is None else at,
             event_type,
             payload,
@@ -411,6 +409,7 @@ class Composer:
             self._source if content.source is None else content.source,
             EVERYONE if content.audience is None else _audience(content.audience),
             content.require_ack,
+            entry,
         )
 
 

@@ -154,6 +154,8 @@ class Bus:
         self._soon: deque[Awaited] = deque()
         self._later: deque[Awaited] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        # uvloop's own handle of what is due at once cannot say when that is.
+        self._timer_due = 0.0
         self._to_all: list[tuple[Body, Awaited | None]] = []
         self._to_nodes: dict[str, list[Body]] = {}
         self._scheduled = False
@@ -237,9 +239,10 @@ class Bus:
             first = later[0].deadline
         timer = self._timer
         if timer is not None:
-            if timer.when() <= first:
+            if self._timer_due <= first:
                 return
             timer.cancel()
+        self._timer_due = first
         self._timer = self._loop.call_at(first, self._look_at_the_time)
 
     def _look_at_the_time(self) -> None:

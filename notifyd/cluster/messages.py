@@ -29,7 +29,7 @@ from notifyd.notification import (
 from notifyd.templates import MAX_EVENT_TYPE
 from notifyd.tenants import MAX_TENANTS
 
-VERSION = 1
+VERSION = 2
 """Of this program's messages; it grows when a field or a kind is added."""
 
 ALONE = b"\x00"
@@ -69,6 +69,7 @@ class Wired(Body, frozen=True):
     audience: AudienceType = "All"
     values: tuple[str, ...] = ()
     ack: bool = False
+    entry: str | None = None
 
 
 class Routed(Body, frozen=True):
@@ -280,6 +281,7 @@ def wired(notification: Notification) -> Wired:
         audience.type,
         tuple(audience.values),
         notification.require_ack,
+        notification.entry,
     )
 
 
@@ -308,4 +310,5 @@ def unwired(wired: Wired) -> Notification:
         wired.source,
         EVERYONE if wired.audience == "All" else Audience(wired.audience, frozenset(wired.values)),
         wired.ack,
+        wired.entry,
     )

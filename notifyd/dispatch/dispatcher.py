@@ -26,6 +26,7 @@ from notifyd.connections.connection import Connection, State
 from notifyd.connections.outbox import Flusher
 from notifyd.connections.registry import Registry, TenantConnections
 from notifyd.dispatch.confirmation import Confirmations
+from notifyd.dispatch.repeats import Repeats
 from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.dispatch.targets import (
     admitted,
@@ -90,6 +91,7 @@ class Dispatcher:
         self._writes = writes
         self._store_first = store_first
         self._cluster = cluster
+        self._repeats = Repeats()
         self._tally = tally
         self._clock = clock
         self._metrics = metrics
@@ -248,6 +250,9 @@ class Dispatcher:
         message: Message | None,
         exclude: str | None,
     ) -> Receipt:
+        entry = notification.entry
+        if entry is not None and (before := self._repeats.given_to_connected(entry)) is not None:
+            return before
         found = resolve(tenant, target)
         if not found.connections and target.type != "channels":
             return Receipt(notification.id, Outcome.NOBODY)
@@ -278,7 +283,10 @@ class Dispatcher:
         counts = None
         if target.type == "channels":
             counts = count_per_channel(tenant, target.names, recipients)
-        return Receipt(notification.id, outcome, len(connections), channels=counts)
+        receipt = Receipt(notification.id, outcome, len(connections), channels=counts)
+        if entry is not None and connections:
+            self._repeats.note_connected(entry, receipt)
+        return receipt
 
     def _count(self, websockets: int, streams: int, refused: int = 0) -> None:
         if websockets:
@@ -350,12 +358,17 @@ class Dispatcher:
         shared: bool = False,
     ) -> tuple[Outcome, int]:
         """Offer to a user's connections and hold; NOBODY where none is left that could take it."""
+        entry = notification.entry
+        if entry is not None and (before := self._repeats.given_to_user(entry, user_id)):
+            return Outcome.DELIVERED, before
         connections = tenant.users[user_id]
         if exclude is not None or notification.audience.type != "All":
             connections = tuple(_admitted(connections, notification, exclude))
             if not connections:
                 return Outcome.FILTERED, 0
         taken_by = self._offer(notification, message, connections, shared=shared)
+        if entry is not None and taken_by:
+            self._repeats.note_user(entry, user_id, taken_by)
         return (Outcome.DELIVERED if taken_by else Outcome.NOBODY), taken_by
 
     def _offer(
@@ -419,7 +432,9 @@ class Dispatcher:
         delivered: list[str] = []
         away: list[str] = []
         takers: list[Connection] = []
-        for_all = exclude is None and notification.audience.type == "All"
+        for_all = (
+            exclude is None and notification.audience.type == "All" and notification.entry is None
+        )
         users = tenant.users
         id = notification.id
         open_before = len(self._registry)
@@ -652,6 +667,12 @@ class Dispatcher:
         if rejection == "unavailable":
             return RecipientResult(Outcome.FAILED, reason=rejection)
         id = notification.id
+        entry = notification.entry
+        if entry is not None and connections:
+            identity = connections[0].identity
+            if before := self._repeats.given_to_user(entry, identity.user_id):
+                self._settle_again(identity.tenant, identity.user_id, id)
+                return RecipientResult(Outcome.DELIVERED, before)
         taken_by = [
             connection
             for connection in connections
@@ -670,10 +691,17 @@ class Dispatcher:
                 self._confirmations.hold_all_stored(notification, taken_by, shared=shared)
             else:
                 self._confirmations.hold(notification, tuple(taken_by), shared=shared)
+            if entry is not None:
+                self._repeats.note_user(entry, taken_by[0].identity.user_id, len(taken_by))
             return RecipientResult(Outcome.DELIVERED, len(taken_by))
         if rejection is None:
             return RecipientResult(Outcome.QUEUED)
         return RecipientResult(Outcome.FAILED, reason=rejection)
+
+    def _settle_again(self, tenant: str, user_id: str, id: str) -> None:
+        """An entry that is dispatched again is in his log anew, though he may have confirmed it."""
+        if self._confirmations.was_confirmed(tenant, user_id, id):
+            self._writes.settle(tenant, user_id, (id,))
 
     # --- other nodes ---
 
@@ -859,6 +887,8 @@ class Dispatcher:
             return Outcome.FILTERED, 0
         if self._confirmations.was_confirmed(tenant.name, user_id, notification.id):
             # His log was faster: he has read it there, and is done with it.
+            if notification.entry is not None:
+                self._settle_again(tenant.name, user_id, notification.id)
             return Outcome.DELIVERED, len(connections)
         ready = [each for each in connections if not self._confirmations.is_replaying(each)]
         if len(ready) < len(connections):

@@ -13,6 +13,7 @@ import structlog
 
 from notifyd.api.notifications import Composer
 from notifyd.cluster.lease import Lease
+from notifyd.cluster.router import Cluster
 from notifyd.dispatch import redis_stream, redis_trigger
 from notifyd.dispatch.dispatcher import Dispatcher
 from notifyd.dispatch.redis_stream import BLOCK_SECONDS, RedisStream
@@ -22,9 +23,13 @@ from notifyd.idempotency import IdempotencyKeys
 from notifyd.identifiers import new_uuid
 from notifyd.metrics import Metrics
 from notifyd.options import RedisSettings
+from notifyd.queue.base import AckLedger
 from notifyd.queue.redis_keys import RedisKeys
 from notifyd.redis_client import Redis
 from notifyd.templates import TemplateStore
+
+LEASE_GIVEN_UP = "lease_given_up"
+"""Told to the other nodes, of which one then goes on at once."""
 
 SILENCE_SECONDS = 30.0
 """After so much silence a subscription is probed."""
@@ -33,8 +38,8 @@ SILENCE_SECONDS = 30.0
 class RedisSources:
     """The trigger and the stream where the settings want them.
 
-    `clustered`: this is a node of a cluster. `keeps_up` is what `RedisTrigger` has it for. `clock`
-    gives Unix seconds.
+    `cluster` is None where this is no node of one. `ledger_in_redis`: it is asked now and then
+    whether it keeps up. `clock` gives Unix seconds.
     """
 
     def __init__(
@@ -46,35 +51,45 @@ class RedisSources:
         *,
         templates: TemplateStore,
         idempotency: IdempotencyKeys,
+        ledger: AckLedger | None,
         metrics: Metrics,
         clock: Callable[[], float],
         tenant_of: TenantOf,
-        clustered: bool,
+        cluster: Cluster | None,
         ledger_in_redis: bool,
     ) -> None:
         self._log = structlog.get_logger("notifyd")
         self._lease: Lease | None = None
         self._renewing: asyncio.Task[None] | None = None
-        if settings.stream_key is not None or clustered:
+        self._cluster = cluster
+        if settings.stream_key is not None or cluster is not None:
             self._lease = Lease(
-                redis, keys.trigger_lease, new_uuid(), on_change=self._told_of_lease
+                redis,
+                keys.trigger_lease,
+                new_uuid(),
+                shared=cluster is not None,
+                on_change=self._told_of_lease,
             )
+        if cluster is not None:
+            cluster.answers[LEASE_GIVEN_UP] = self._told_that_it_was_given_up
         bad = BadMessages(metrics)
 
-        def intake(source: str) -> Intake:
+        def intake(source: str, *, alone: bool) -> Intake:
             compose = Composer(templates, source="redis", clock=clock, new_id=new_uuid)
-            return Intake(dispatcher, compose, idempotency, source=source, tenant_of=tenant_of)
+            return Intake(
+                dispatcher, compose, idempotency, source=source, alone=alone, tenant_of=tenant_of
+            )
 
         self.trigger: RedisTrigger | None = None
         if settings.trigger_enabled:
             self.trigger = RedisTrigger(
                 redis,
-                intake(redis_trigger.SOURCE),
+                intake(redis_trigger.SOURCE, alone=cluster is not None),
                 metrics,
                 bad,
                 patterns=settings.trigger_patterns,
                 probe_prefix=keys.probe,
-                lease=self._lease if clustered else None,
+                lease=None if cluster is None else self._lease,
                 keeps_up=(lambda: redis.command("PING")) if ledger_in_redis else None,
                 silence=SILENCE_SECONDS,
                 probe_timeout=settings.command_timeout_seconds,
@@ -84,9 +99,10 @@ class RedisSources:
             self.stream = RedisStream(
                 redis,
                 redis.another(timeout=settings.command_timeout_seconds + BLOCK_SECONDS),
-                intake(redis_stream.SOURCE),
+                intake(redis_stream.SOURCE, alone=True),
                 metrics,
                 bad,
+                ledger,
                 key=settings.stream_key,
                 group=settings.key_prefix,
                 lease=self._lease,
@@ -95,6 +111,10 @@ class RedisSources:
 
     def _told_of_lease(self, held: bool) -> None:
         self._log.info("this node has the trigger" if held else "this node has not the trigger now")
+
+    def _told_that_it_was_given_up(self, about: object) -> None:
+        if self._lease is not None and self._renewing is not None:
+            self._lease.ask()
 
     def start(self) -> None:
         """Begin to take messages."""
@@ -106,14 +126,19 @@ class RedisSources:
 
     async def aclose(self) -> None:
         """Take no more, finish what was taken, and leave the lease to another."""
-        for source in (self.trigger, self.stream):
+        # What is published is lost until another has subscribed, so that goes on longest.
+        for source in (self.stream, self.trigger):
             if source is not None:
                 await source.aclose()
         if self._renewing is not None and self._lease is not None:
             self._renewing.cancel()
             await asyncio.wait([self._renewing])
             self._renewing = None
-            try:
-                await self._lease.release()
-            except Unavailable:
-                self._log.info("the lease of the trigger lapses by itself: Redis is away")
+            await self._give_up(self._lease)
+
+    async def _give_up(self, lease: Lease) -> None:
+        try:
+            if await lease.release() and self._cluster is not None:
+                await self._cluster.ask(LEASE_GIVEN_UP)
+        except Unavailable:
+            self._log.info("the lease of the trigger lapses by itself: Redis is away")

@@ -5,8 +5,9 @@ and acknowledged when they were dispatched.
 
 Each cluster is a consumer group and sees every entry once: what a node read and did not acknowledge
 before it died, the next holder takes over. A notification's id follows from its entry's, so that
-what is dispatched twice then is stored once. While a store is away an entry waits, and those behind
-it; what fails five times for another reason, or can never be read, goes to the dead letters.
+what is dispatched twice then is stored once, and it names its entry, so that nodes that have given
+it to somebody do not do so again. While a store is away an entry waits, and those behind it; what
+fails five times for another reason, or can never be read, goes to the dead letters.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from notifyd.eventually import Eventually, settled
 from notifyd.log import RateLimitedLog
 from notifyd.metrics import Metrics
 from notifyd.notification import Receipt, Target
+from notifyd.queue.base import AckLedger
 from notifyd.redis_client import Redis, Script, Word
 from notifyd.resilience import Backoff
 
@@ -47,7 +49,14 @@ MAX_BATCH_BYTES = 4 * 1024 * 1024
 
 PER_TURN = 100
 TURN_SECONDS = 0.003
-"""Entries dispatched in one turn of the event loop, and how long that may take."""
+"""Entries dispatched in one turn of the event loop, and how long that may take. After so many those
+that are done are acknowledged."""
+
+MAX_FIELDS = 1000
+"""Of an entry, in its dead letter: what a script can hand on at once is bounded."""
+
+ACKNOWLEDGE_SECONDS = 0.05
+"""How long an entry that is done may wait for others before it is acknowledged."""
 
 CONSUMER = "holder"
 """One name for all nodes: who reads is who holds the lease, and none is left behind in Redis."""
@@ -95,9 +104,9 @@ def _data(fields: Sequence[bytes]) -> bytes | None:
 class RedisStream:
     """Reads one stream, from `start` to `aclose`.
 
-    `reader` is a connection for calls that block: its answers may take `BLOCK_SECONDS` more than
-    those of `redis`, which everything else is told by. `group` is the same on all nodes of a
-    cluster. `clock` gives Unix seconds.
+    `ledger` is None where it is switched off. `reader` is a connection for calls that block: its
+    answers may take `BLOCK_SECONDS` more than those of `redis`, which everything else is told by.
+    `group` is the same on all nodes of a cluster. `clock` gives Unix seconds.
     """
 
     def __init__(
@@ -107,6 +116,7 @@ class RedisStream:
         intake: Intake,
         metrics: Metrics,
         bad: BadMessages,
+        ledger: AckLedger | None,
         *,
         key: str,
         group: str,
@@ -119,6 +129,7 @@ class RedisStream:
         self._intake = intake
         self._metrics = metrics
         self._bad = bad
+        self._ledger = ledger
         self._key = key
         self._dead = f"{key}:dead"
         self._group = group
@@ -129,6 +140,7 @@ class RedisStream:
         self._away = RateLimitedLog(self._log)
         self._make_group = Script.read(_LUA / "group.lua")
         self._take_over = Script.read(_LUA / "take_over.lua")
+        self._bury = Script.read(_LUA / "bury.lua")
         self._count = MAX_BATCH
         # Dispatched, and Redis did not answer that it knows.
         self._unacknowledged: set[bytes] = set()
@@ -245,56 +257,77 @@ class RedisStream:
             waiting = [entry for entry in entries if entry.id not in self._unacknowledged]
             pauses = Backoff(0.1, 5.0)
             while True:
-                left = await self._dispatch(waiting)
-                await self._acknowledge([*done, *(entry for entry in waiting if entry not in left)])
+                left = await self._dispatch(waiting, done)
+                await self._acknowledge(done)
                 if not left or not self._may_work():
                     return
-                await self._forgive(list(left))
-                done, waiting = [], list(left)
+                await self._forgive(left)
+                waiting = left
                 await asyncio.sleep(pauses.next())
         finally:
             self._busy = False
 
-    async def _dispatch(self, entries: Sequence[_Entry]) -> dict[_Entry, None]:
-        """Dispatch in order; what is left over, in order too."""
-        stored: dict[_Entry, asyncio.Future[Receipt]] = {}
-        left: dict[_Entry, None] = {}
+    async def _dispatch(self, entries: Sequence[_Entry], done: list[_Entry]) -> list[_Entry]:
+        """Dispatch in order; what is left over, in order too.
+
+        What is done is acknowledged as it goes, so that another holder would find little of it;
+        where that fails, it is in `done` afterwards.
+        """
+        pending: dict[_Entry, asyncio.Future[Receipt]] = {}
+        left: set[_Entry] = set()
         for start in range(0, len(entries), PER_TURN):
             until = time.monotonic() + TURN_SECONDS
             # Those that must wait for something wait together.
             ready = [(entry, self._prepared(entry)) for entry in entries[start : start + PER_TURN]]
             for entry, prepared in ready:
                 if not self._may_work():
-                    left[entry] = None
+                    left.add(entry)
                     if isinstance(prepared, asyncio.Future):
                         prepared.cancel()
                     continue
                 try:
                     receipt = await self._send(entry, prepared)
                 except Exception as error:  # noqa: BLE001  # one entry's, which is told
-                    if self._fails(entry, error):
-                        left[entry] = None
-                    continue
-                if isinstance(receipt, Receipt):
-                    if self._stays(entry, receipt):
-                        left[entry] = None
-                elif receipt is not None:
-                    stored[entry] = asyncio.ensure_future(receipt)
+                    again = self._fails(entry, error)
+                else:
+                    if receipt is not None and not isinstance(receipt, Receipt):
+                        pending[entry] = asyncio.ensure_future(receipt)
+                        continue
+                    again = receipt is not None and self._stays(entry, receipt)
+                if again:
+                    left.add(entry)
+                else:
+                    done.append(entry)
                 if time.monotonic() >= until:
                     await asyncio.sleep(0)
                     until = time.monotonic() + TURN_SECONDS
-            await asyncio.sleep(0)
-        if stored:
-            await asyncio.wait(stored.values())
-        for entry, pending in stored.items():
-            problem = pending.exception()
-            if problem is not None:
-                again = self._fails(entry, problem)
+            self._look_at(pending, done, left)
+            await self._acknowledge_some(done)
+        while pending:
+            await asyncio.wait(pending.values(), timeout=ACKNOWLEDGE_SECONDS)
+            self._look_at(pending, done, left)
+            if pending:
+                await self._acknowledge_some(done)
+        return [entry for entry in entries if entry in left]
+
+    def _look_at(
+        self,
+        pending: dict[_Entry, asyncio.Future[Receipt]],
+        done: list[_Entry],
+        left: set[_Entry],
+    ) -> None:
+        """Sort out those among the pending of which it is known by now what became of them."""
+        for entry in [entry for entry, receipt in pending.items() if receipt.done()]:
+            receipt = pending.pop(entry)
+            error = receipt.exception()
+            if error is not None:
+                again = self._fails(entry, error)
             else:
-                again = self._stays(entry, pending.result())
+                again = self._stays(entry, receipt.result())
             if again:
-                left[entry] = None
-        return {entry: None for entry in entries if entry in left} if stored else left
+                left.add(entry)
+            else:
+                done.append(entry)
 
     def _prepared(self, entry: _Entry) -> Ready | asyncio.Future[Ready | None] | NotifydError:
         """The entry as a notification, now or once it is known; or why it is none."""
@@ -309,7 +342,7 @@ class RedisStream:
             ready = self._intake.prepare(
                 entry.data,
                 _NOTHING_SAID,
-                id=_notification_id(self._key, entry.id),
+                entry=_uuid_of(self._key, entry.id),
                 at=self._added_at(entry.id),
             )
         except NotifydError as error:
@@ -328,10 +361,27 @@ class RedisStream:
         ready = prepared if isinstance(prepared, Ready) else await prepared
         if ready is None:
             return None
-        if ready.claims and not await self._intake.first(ready, again=entry.attempts > 0):
+        if ready.claims and not await self._intake.first(ready):
+            return None
+        if entry.attempts and not await self._anybody_left(ready):
+            await self._intake.finish(ready)
             return None
         entry.ready = ready
         return self._intake.send(ready)
+
+    async def _anybody_left(self, ready: Ready) -> bool:
+        """Leave out of what was dispatched before who has confirmed it, on whatever node; False
+        where that is everybody."""
+        target = ready.target
+        if self._ledger is None or target.type not in ("user", "users"):
+            return True
+        report = await settled(self._ledger.report(ready.tenant, ready.notification.id))
+        if report is None:
+            return True
+        confirmed = {each.user_id for each in report.recipients if each.state == "confirmed"}
+        left = tuple(name for name in target.names if name not in confirmed)
+        ready.target = Target(target.type, left)
+        return bool(left)
 
     def _stays(self, entry: _Entry, receipt: Receipt) -> bool:
         """Whether there are recipients whose store was away; the others have it."""
@@ -365,27 +415,37 @@ class RedisStream:
 
     # --- telling Redis ---
 
-    async def _acknowledge(self, entries: Sequence[_Entry]) -> None:
-        """Tell Redis that these are done. Raises Unavailable, and it will be told again."""
-        dead = [entry for entry in entries if entry.problem is not None]
-        alive = [entry.id for entry in entries if entry.problem is None]
+    async def _acknowledge(self, done: list[_Entry]) -> None:
+        """Tell Redis that these are done, and empty the list. Raises Unavailable, and it will be
+        told again."""
+        dead = [entry for entry in done if entry.problem is not None]
+        alive = [entry.id for entry in done if entry.problem is None]
         self._unacknowledged.update(alive)
         if dead:
-            await asyncio.gather(*(self._bury(entry) for entry in dead))
-            self._metrics.redis_dead_letters_total.inc(len(dead))
-        if entries:
-            ids = [*alive, *(entry.id for entry in dead)]
-            await self._redis.command("XACK", self._key, self._group, *ids)
+            buried: list[int] = await asyncio.gather(*map(self._bury_one, dead))
+            self._metrics.redis_dead_letters_total.inc(sum(buried))
+        if alive:
+            await self._redis.command("XACK", self._key, self._group, *alive)
             self._unacknowledged.difference_update(alive)
+        done.clear()
 
-    def _bury(self, entry: _Entry) -> asyncio.Future[Any]:
+    async def _acknowledge_some(self, done: list[_Entry]) -> None:
+        """`_acknowledge` in the middle of a batch, whose end is soon enough where Redis is away."""
+        try:
+            await self._acknowledge(done)
+        except Unavailable as error:
+            self._away.warning("the stream of notifications waits", reason=_reason(error))
+        # Where there was nothing to tell, others have their turn too.
+        await asyncio.sleep(0)
+
+    def _bury_one(self, entry: _Entry) -> asyncio.Future[int]:
+        """Acknowledge it, and keep it as a dead letter; 0 where that was done before."""
         fields: Sequence[bytes] = entry.fields
-        if sum(map(len, fields)) > MAX_BATCH_BYTES:
+        if sum(map(len, fields)) > MAX_BATCH_BYTES or len(fields) > 2 * MAX_FIELDS:
             fields = ()  # it stays in the stream itself
-        words: list[Word] = ["XADD", self._dead, "MAXLEN", "~", MAX_DEAD, "*"]
-        words += ["reason", entry.problem or "", "entry", entry.id, "attempts", entry.attempts]
-        words += fields
-        return self._redis.command(*words)
+        problem = entry.problem or ""
+        args: list[Word] = [self._group, entry.id, MAX_DEAD, problem, entry.attempts, *fields]
+        return self._redis.run(self._bury, (self._key, self._dead), args)
 
     async def _forgive(self, entries: Sequence[_Entry]) -> None:
         """That a store is away is not held against those that waited for it."""
@@ -414,7 +474,7 @@ class RedisStream:
             self._count = min(MAX_BATCH, self._count * 2)
 
 
-def _notification_id(key: str, entry: bytes) -> str:
+def _uuid_of(key: str, entry: bytes) -> str:
     """A UUID that follows from the entry's id (RFC 9562, version 8)."""
     text = hashlib.blake2b(b"%s\0%s" % (key.encode(), entry), digest_size=16).hexdigest()
     variant = "89ab"[int(text[16], 16) & 3]

@@ -127,6 +127,8 @@ class Intake:
     """Makes notifications of messages, and sends each once.
 
     `source` is the way they come in, for the metrics and for the scope of idempotency keys.
+    `alone`: nobody else takes what comes in that way while this does, so that a key at which
+    another is said to be at work was left by one that is dead.
     """
 
     def __init__(
@@ -136,12 +138,14 @@ class Intake:
         keys: IdempotencyKeys,
         *,
         source: str,
+        alone: bool,
         tenant_of: TenantOf,
     ) -> None:
         self._dispatch = dispatcher.dispatch
         self._compose = compose
         self._keys = keys
         self._source = source
+        self._alone = alone
         self._tenant_of = tenant_of
         self._decode = Decoder(RedisMessage)
 
@@ -151,13 +155,14 @@ class Intake:
         said: Said,
         channel: bytes = b"",
         *,
-        id: str | None = None,
+        entry: str | None = None,
         at: float | None = None,
     ) -> Eventually[Ready | None]:
         """Check a message; None where it came before, by its id or idempotency key.
 
-        `id` is the notification's if the message has none, `at` when it was sent. Raises
-        NotifydError: Unavailable where a store cannot say, any other where the message is bad.
+        `entry` is the id of the stream's entry as a UUID, and the notification's if the message
+        has none; `at` when it was sent. Raises NotifydError: Unavailable where a store cannot say,
+        any other where the message is bad.
         """
         size = len(data)
         if size > MAX_USERS_BYTES:
@@ -179,7 +184,7 @@ class Intake:
                 raise _twice()
             content = message.event
         tenant = self._tenant_of(message.tenant_id)
-        notification = self._compose(tenant, content, id, at)
+        notification = self._compose(tenant, content, entry, at)
         keyed = content.id is not None or content.idempotency_key is not None
         if not keyed and isinstance(notification, Notification):
             return Ready(tenant, receivers, notification, content.exclude_connection)
@@ -204,7 +209,7 @@ class Intake:
             scope = key_scope(tenant, "", f"{self._source} {kind}", key)
             claim: Fresh | Replay | Wait
             try:
-                claim = await settled(self._keys.claim(scope, fingerprint(data)))
+                claim = await settled(self._keys.claim(scope, fingerprint(data), alone=self._alone))
             except NotifydError:
                 await _abandon(claims)
                 raise
@@ -214,16 +219,12 @@ class Intake:
             claims.append(claim)
         return Ready(tenant, target, notification, content.exclude_connection, claims)
 
-    async def first(self, ready: Ready, *, again: bool = False) -> bool:
-        """Whether this message is the first with its keys, once those at work with them have ended.
-
-        `again`: it was at work before, and whoever was is dead; he is not waited for.
-        """
+    async def first(self, ready: Ready) -> bool:
+        """Whether this message is the first with its keys, once those at work with them have
+        ended."""
         claims: list[Fresh | Wait] = []
         for claim in ready.claims:
             if isinstance(claim, Wait):
-                if again:
-                    continue
                 try:
                     outcome = await claim.outcome()
                 except NotifydError:
@@ -261,10 +262,14 @@ class Intake:
         except BaseException:
             await _abandon(ready.claims)
             raise
+        await self.finish(ready)
+        return receipt
+
+    async def finish(self, ready: Ready) -> None:
+        """Its keys have been used, and it is not dispatched (again)."""
         for claim in ready.claims:
             if isinstance(claim, Fresh):
                 await settled(claim.complete(KeptAnswer(200, b"")))
-        return receipt
 
 
 async def _fail(ready: Ready, error: Exception) -> Receipt:

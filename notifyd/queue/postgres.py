@@ -1459,6 +1459,7 @@ class _Claim(_Call, eq=False):
     scope: Scope
     digest: bytes
     fingerprint: bytes
+    alone: bool
 
 
 class _End(_Call, eq=False):
@@ -1523,13 +1524,15 @@ class PostgresIdempotencyKeys:
         given up as their lease runs out."""
         await self._calls.aclose(CLOSE_SECONDS)
 
-    def claim(self, scope: Scope, fingerprint: bytes) -> Awaitable[Fresh | Replay | Wait]:
+    def claim(
+        self, scope: Scope, fingerprint: bytes, *, alone: bool = False
+    ) -> Awaitable[Fresh | Replay | Wait]:
         """Who works on this key.
 
         Raises ValidationError where its body was another one, Unavailable. Cancelled, it gives the
         key up if it just got it.
         """
-        call = _Claim(scope, _digest(scope), fingerprint)
+        call = _Claim(scope, _digest(scope), fingerprint, alone)
         self._calls.add(call)
         return call.future
 
@@ -1641,6 +1644,7 @@ class PostgresIdempotencyKeys:
                 self._owner,
                 now + LEASE_SECONDS,
                 now,
+                [digest for digest, call in first.items() if call.alone],
             )
             given = {row["scope"] for row in rows}
             taken = [digest for digest in first if digest not in given]

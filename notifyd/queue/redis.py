@@ -812,7 +812,9 @@ class RedisIdempotencyKeys:
         self._claim = _script("claim")
         self._answer = _script("answer")
 
-    def claim(self, scope: Scope, fingerprint: bytes) -> Awaitable[Fresh | Replay | Wait]:
+    def claim(
+        self, scope: Scope, fingerprint: bytes, *, alone: bool = False
+    ) -> Awaitable[Fresh | Replay | Wait]:
         """Who works on this key. Raises ValidationError where its body was another one."""
         holder = secrets.token_hex(8)
 
@@ -829,7 +831,13 @@ class RedisIdempotencyKeys:
                 constraint="one body for each key",
             )
 
-        args = (_milliseconds(self._clock), fingerprint, holder, int(LEASE_SECONDS * 1000))
+        args = (
+            _milliseconds(self._clock),
+            fingerprint,
+            holder,
+            int(LEASE_SECONDS * 1000),
+            int(alone),
+        )
         return self._redis.run(self._claim, (self._keys.idempotency(scope),), args, claimed)
 
     async def wait(self, scope: Scope, fingerprint: bytes) -> Fresh | Replay:

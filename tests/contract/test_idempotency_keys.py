@@ -13,6 +13,7 @@ from notifyd.idempotency import (
     Fresh,
     IdempotencyKeys,
     KeptAnswer,
+    MemoryIdempotencyKeys,
     Replay,
     Scope,
     Wait,
@@ -89,6 +90,37 @@ class TestClaims:
         assert await settled(keys.claim(SCOPE, A)) == Replay(OK)
         clock.now += 1
         await settled((await fresh(keys, body=B)).abandon())
+
+
+class TestAlone:
+    """What other processes left at work on a route that is this one's alone."""
+
+    @pytest.fixture
+    async def both(self, backend: Backend) -> tuple[IdempotencyKeys, IdempotencyKeys]:
+        dead, keys = await backend.idempotency_keys(), await backend.idempotency_keys()
+        if isinstance(keys, MemoryIdempotencyKeys):
+            pytest.skip("memory is one process's")
+        return dead, keys
+
+    async def test_it_is_taken_over(self, both: tuple[IdempotencyKeys, IdempotencyKeys]) -> None:
+        dead, keys = both
+        left = await fresh(dead)
+        assert isinstance(await settled(keys.claim(SCOPE, A)), Wait)
+        claim = await settled(keys.claim(SCOPE, A, alone=True))
+        assert isinstance(claim, Fresh)
+        # He was only frozen, and his answer is nobody's.
+        await settled(left.complete(KeptAnswer(200, b"late")))
+        await settled(claim.complete(OK))
+        assert await settled(keys.claim(SCOPE, A, alone=True)) == Replay(OK)
+
+    async def test_another_body_is_refused_all_the_same(
+        self, both: tuple[IdempotencyKeys, IdempotencyKeys]
+    ) -> None:
+        dead, keys = both
+        left = await fresh(dead)
+        with pytest.raises(ValidationError):
+            await settled(keys.claim(SCOPE, B, alone=True))
+        await settled(left.abandon())
 
 
 class TestWaiting:

@@ -104,7 +104,7 @@ PLANS: dict[str, tuple[list[Any], set[str]]] = {
         {"notifyd_ack_records_tenant_notification_id_key", "notifyd_acks_pkey"},
     ),
     "claim_keys": (
-        [SCOPES, [b"f"] * 100, b"o", NOW, NOW],
+        [SCOPES, [b"f"] * 100, b"o", NOW, NOW, SCOPES],
         {"notifyd_idempotency_keys_pkey"},
     ),
     "find_keys": ([SCOPES], {"notifyd_idempotency_keys_pkey"}),

@@ -12,6 +12,9 @@ import pytest
 import redis.asyncio
 from structlog.testing import capture_logs
 
+from notifyd.eventually import settled
+from notifyd.idempotency import fingerprint, key_scope
+from notifyd.queue.redis import RedisIdempotencyKeys
 from tests.conftest import StartServer
 from tests.front_door import ADMIN_KEY, WAIT, Host, WebSocketListener, token, until
 from tests.stores import RedisServer
@@ -405,6 +408,44 @@ class TestStream:
         assert told == ["0", "2", "3", "4"]
         await until_async(publisher.pending, 0)
 
+    async def test_who_has_confirmed_it_does_not_get_it_from_the_next_reader(
+        self, start_on: StartServer, sources: dict[str, Any], publisher: Publisher
+    ) -> None:
+        in_redis: dict[str, Any] = {"queue": {"backend": "redis"}, "ack": {"backend": "redis"}}
+        host = await start_on(redis=sources, **in_redis)
+        websocket = await host.websocket("u1", query="acks=1")
+        await publisher.add({"type": "users", "target": ["u1", "u2"], **EVENT})
+        await publisher.add({"type": "user", "target": "u1", **EVENT})
+        ids = [each["id"] for each in await websocket.notifications(2)]
+        await websocket.ack(*ids)
+        await until_async(publisher.pending, 0)
+        await host.stop()
+        # As if it had died before it acknowledged them.
+        await publisher.client.xgroup_setid(STREAM, "notifyd", "0")
+        await publisher.client.xreadgroup("notifyd", "somebody dead", {STREAM: ">"})
+        host = await start_on(redis=sources, **in_redis)
+        await until_async(publisher.pending, 0)
+        assert host.notifyd._logs is not None
+        assert not (await settled(host.notifyd._logs.read("default", "u1"))).entries
+        other = await host.websocket("u2")
+        assert [each["id"] for each in await other.notifications(1)] == ids[:1]
+        await other.expect("caught_up")
+        await other.nothing_came()
+
+    async def test_a_key_that_a_dead_node_was_at_work_on_keeps_nobody_waiting(
+        self, start_on: StartServer, sources: dict[str, Any], publisher: Publisher
+    ) -> None:
+        host = await start_on(redis=sources, queue={"backend": "redis"})
+        websocket = await host.websocket("u1")
+        message = {"type": "user", "target": "u1", **EVENT, "id": ID}
+        left = await left_at_work(host, "redis_stream", text(message))
+        for _ in range(2):
+            await publisher.add(message)
+        await publisher.add({"type": "user", "target": "u1", **EVENT})
+        assert (await websocket.notifications(2))[0]["id"] == ID
+        await websocket.nothing_came()
+        del left
+
     async def test_what_failed_five_times_is_a_dead_letter(
         self, start_on: StartServer, sources: dict[str, Any], publisher: Publisher
     ) -> None:
@@ -447,6 +488,15 @@ class TestStream:
         (dead,) = await publisher.dead()
         assert dead["reason"] == "Dispatching it failed 5 times: RuntimeError."
         assert await publisher.pending() == 0
+
+
+async def left_at_work(host: Host, source: str, message: str | bytes) -> object:
+    """Claim a message's id as a node would that dies then: while what is returned lives."""
+    redis = host.notifyd._backends.redis
+    assert redis is not None
+    keys = RedisIdempotencyKeys(redis, host.notifyd._backends.redis_keys, window_seconds=60)
+    body = message.encode() if isinstance(message, str) else message
+    return await keys.claim(key_scope("default", "", f"{source} id", ID), fingerprint(body))
 
 
 def total(host: Host) -> float:

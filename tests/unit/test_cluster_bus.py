@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import msgspec
 import pytest
+import uvloop
 from structlog.testing import capture_logs
 
 from notifyd.cluster import bus as bus_module
@@ -94,6 +95,22 @@ async def test_what_is_late_for_long_does_not_hold_up_what_comes_after(bus: Bus)
     await until(lambda: bool(told), "the second one")
     assert told[0] - asked_at < 0.5
     bus.give_up()
+
+
+def test_what_is_due_at_once_is_so_on_uvloop_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a turn of the loop that takes longer than anybody waits."""
+    monkeypatch.setattr(bus_module, "ANSWER_SECONDS", 0.0)
+
+    async def ask() -> None:
+        bus = a_bus(FakeRedis(), lambda incoming, body: None)
+        told: list[Awaited] = []
+        for _ in range(2):
+            bus.reached(bus.await_answers(Told, told.append, seconds=0.0), 1)
+        await until(lambda: len(told) == 2)
+        bus.give_up()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(ask())
 
 
 async def test_what_redis_was_slow_for_is_given_up_all_the_same(

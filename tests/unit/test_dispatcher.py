@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from notifyd.connections.outbox import Bounds
+from notifyd.dispatch.repeats import Repeats
 from notifyd.errors import Unavailable, ValidationError
 from notifyd.eventually import settled
 from notifyd.notification import (
@@ -379,6 +380,61 @@ class TestTheSameIdAgain:
         )
         assert world.send("u1", first).delivered_to == 2
         assert [len(each.read_notifications()) for each in (one, other)] == [1, 1]
+
+
+class TestAnEntryAgain:
+    """What a stream's next reader dispatches again."""
+
+    @pytest.mark.parametrize("store_first", [False, True])
+    @pytest.mark.parametrize("target", ["u1", users("u1", "u2")])
+    @pytest.mark.parametrize("devices", [1, 2])
+    def test_does_not_come_after_it_was_acked(
+        self, target: Target | str, devices: int, store_first: bool
+    ) -> None:
+        world = World(store_first=store_first)
+        clients = [world.connect(acks=True) for _ in range(devices)]
+        entry = a_notification(entry="e")
+        assert world.send(target, entry).delivered_to == devices
+        assert [each.read_notifications() for each in clients] == [[entry.id]] * devices
+        clients[0].ask("Ack", notification_id=entry.id)
+        receipt = world.send(target, entry)
+        assert (receipt.outcome, receipt.delivered_to) == (Outcome.DELIVERED, devices)
+        assert [each.read_notifications() for each in clients] == [[]] * devices
+
+    @pytest.mark.parametrize("target", [EVERYBODY, ORDERS, Target("channels", ("orders", "x"))])
+    def test_does_not_come_twice_to_who_is_connected(self, target: Target) -> None:
+        world = World()
+        client = subscriber(world, "u1", "orders")
+        entry = a_notification(entry="e")
+        first = world.send(target, entry)
+        subscriber(world, "u2", "orders")
+        assert world.send(target, entry) == first
+        assert client.read_notifications() == [entry.id]
+
+    def test_comes_to_who_has_not_got_it(self) -> None:
+        world = World()
+        entry = a_notification(entry="e")
+        assert world.send(ORDERS, entry).outcome is Outcome.NOBODY
+        client = subscriber(world, "u1", "orders")
+        assert world.send(ORDERS, entry).delivered_to == 1
+        assert client.read_notifications() == [entry.id]
+
+    def test_another_of_the_same_id_comes(self) -> None:
+        world = World()
+        client = world.connect(acks=True)
+        first = a_notification(entry="e")
+        for entry in ("e", "f"):
+            world.send("u1", msgspec.structs.replace(first, entry=entry))
+            assert client.read_notifications() == [first.id]
+            client.ask("Ack", notification_id=first.id)
+
+    def test_what_is_remembered_is_bounded(self) -> None:
+        repeats = Repeats(limit=3)
+        for n in range(10):
+            repeats.note_user(f"e{n}", "u1", 1)
+            repeats.note_connected(f"e{n}", Receipt("id", Outcome.DELIVERED, n))
+        known = [n for n in range(10) if repeats.given_to_user(f"e{n}", "u1")]
+        assert known == [n for n in range(10) if repeats.given_to_connected(f"e{n}")] == [7, 8, 9]
 
 
 class TestLimits:

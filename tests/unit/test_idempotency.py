@@ -260,7 +260,9 @@ class Later:
     def __init__(self) -> None:
         self.keys = memory()
 
-    async def claim(self, where: Scope, body: bytes) -> Fresh | Replay | Wait:
+    async def claim(
+        self, where: Scope, body: bytes, *, alone: bool = False
+    ) -> Fresh | Replay | Wait:
         await asyncio.sleep(0)
         claim = self.keys.claim(where, body)
         if not isinstance(claim, Replay):
@@ -397,9 +399,15 @@ class Store:
         self._claims[id(shown)] = claim
         return shown
 
-    async def claim(self, scope: Scope, fingerprint: bytes) -> Fresh | Replay | Wait:
+    async def claim(
+        self, scope: Scope, fingerprint: bytes, *, alone: bool = False
+    ) -> Fresh | Replay | Wait:
         self._reach()
         await asyncio.sleep(0)
+        if alone and self._memory._working.pop(scope, None) is not None:
+            for each in self._claims.values():
+                if each.scope == scope:
+                    each._ended = True
         return self._shown(self._memory.claim(scope, fingerprint), fingerprint)
 
     async def wait(self, scope: Scope, fingerprint: bytes) -> Fresh | Replay:
@@ -473,6 +481,18 @@ class TestFallback:
         await settled(claim.complete(OK))
         assert await outcome == Replay(OK)
         assert await behind == Replay(OK)
+
+    async def test_who_is_alone_takes_over_what_another_left_and_waits_for_himself(self) -> None:
+        _, dead, one = self.nodes()
+        left = await ours(dead)
+        assert isinstance(await claimed(one), Wait)
+        claim = await settled(one.claim(SCOPE, A, alone=True))
+        assert isinstance(claim, Fresh)
+        behind = await settled(one.claim(SCOPE, A, alone=True))
+        assert isinstance(behind, Wait)
+        await settled(claim.complete(OK))
+        assert await behind.outcome() == Replay(OK)
+        del left
 
     async def test_who_waited_works_where_the_first_gave_up(self) -> None:
         _, one, other = self.nodes()

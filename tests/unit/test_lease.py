@@ -14,7 +14,7 @@ from notifyd.redis_client import Script
 
 
 class OneKey:
-    """A Redis that knows one key, or is away."""
+    """A Redis that knows one key, as lease.lua has it, or is away."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -29,17 +29,23 @@ class OneKey:
         self.clock.now += self.takes / 2
         if self.away:
             raise Unavailable("Redis does not answer.", retry_after=1)
-        if self.clock.now >= self.until:
-            self.holder = None
         if script.name == "release.lua":
             if self.holder == args[0]:
-                self.holder = None
+                self.until = 0.0
             return 1
-        if self.holder not in {None, args[0]}:
-            return 0
-        self.holder, self.until = args[0], self.clock.now + args[1] / 1000
+        now, ttl = self.clock.now, args[1] / 1000
+        if self.holder is None:
+            self.holder, self.until = "", now + ttl
+        his = self.holder == args[0] or (self.holder == "" and args[2])
+        if not his and self.until > now:
+            return max(1, int((self.until - now) * 1000))
+        self.holder, self.until = args[0], now + ttl
         self.clock.now += self.takes / 2
-        return 1
+        return 0
+
+    def forget(self) -> None:
+        """As FLUSHALL does."""
+        self.holder = None
 
 
 class Clock:
@@ -63,13 +69,26 @@ def clock() -> Clock:
 
 @pytest.fixture
 def redis(clock: Clock) -> OneKey:
-    return OneKey(clock)
+    """It knows of a lease that lapsed long ago."""
+    redis = OneKey(clock)
+    redis.holder = "before"
+    return redis
 
 
-def a_lease(redis: OneKey, holder: str = "a", told: list[bool] | None = None) -> Lease:
+def a_lease(
+    redis: OneKey, holder: str = "a", told: list[bool] | None = None, *, shared: bool = True
+) -> Lease:
     told = [] if told is None else told
     clock = redis.clock
-    return Lease(redis, "k", holder, clock=clock, sleep=clock.sleep, on_change=told.append)  # type: ignore[arg-type]  # all of it that a lease needs
+    return Lease(
+        redis,  # type: ignore[arg-type]  # all of it that a lease needs
+        "k",
+        holder,
+        shared=shared,
+        clock=clock,
+        sleep=clock.sleep,
+        on_change=told.append,
+    )
 
 
 async def test_one_holds_it(redis: OneKey) -> None:
@@ -117,8 +136,8 @@ async def test_it_is_left_to_another(redis: OneKey) -> None:
     first, second = a_lease(redis), a_lease(redis, "b")
     await second.release()
     await first.renew()
-    await second.release()
-    assert redis.holder == "a"
+    assert not await second.release()
+    assert redis.until > redis.clock.now
     await first.release()
     assert not first.held
     assert await second.renew()
@@ -131,3 +150,62 @@ async def test_it_lapses_where_it_cannot_be_released(redis: OneKey) -> None:
     with pytest.raises(Unavailable):
         await lease.release()
     assert not lease.held
+
+
+async def test_where_redis_forgot_it_its_holder_has_it_again(redis: OneKey) -> None:
+    first, second = a_lease(redis), a_lease(redis, "b")
+    await first.renew()
+    redis.clock.now += 1
+    redis.forget()
+    for _ in range(20):
+        # Others ask before he does.
+        assert not await second.renew()
+        assert await first.renew()
+        assert not await second.renew()
+        redis.clock.now += 1
+
+
+async def test_where_redis_forgot_it_another_has_it_when_its_holder_cannot(redis: OneKey) -> None:
+    first, second = a_lease(redis), a_lease(redis, "b")
+    await first.renew()
+    redis.forget()
+    asking = asyncio.ensure_future(second.run())
+    begun = redis.clock.now
+    await second.acquired()
+    assert not first.held
+    assert redis.clock.now - begun <= 4
+    asking.cancel()
+    await asyncio.wait([asking])
+    # He was frozen, and asks again.
+    assert not await first.renew()
+
+
+async def test_what_was_taken_and_forgotten_between_two_looks_is_not_taken_for_free(
+    redis: OneKey,
+) -> None:
+    first, second = a_lease(redis), a_lease(redis, "b")
+    redis.forget()
+    assert not await first.renew()
+    assert not await second.renew()
+    redis.clock.now += 3
+    assert await first.renew()
+    redis.forget()
+    assert not await second.renew()
+    assert await first.renew()
+
+
+async def test_who_is_alone_waits_for_nobody(redis: OneKey) -> None:
+    redis.forget()
+    assert await a_lease(redis, shared=False).renew()
+
+
+async def test_who_is_told_that_it_was_given_up_asks_at_once(redis: OneKey) -> None:
+    first, second = a_lease(redis), a_lease(redis, "b")
+    await first.renew()
+    assert not await second.renew()
+    assert await first.release()
+    begun = redis.clock.now
+    second.ask()
+    await second.acquired()
+    assert redis.clock.now == begun
+    assert not await first.release()

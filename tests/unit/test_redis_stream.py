@@ -54,6 +54,7 @@ class Reading:
             self.parts.intake,
             self.parts.metrics,
             BadMessages(self.parts.metrics),
+            None,
             key=self.key,
             group="g",
             lease=self.lease,  # type: ignore[arg-type]  # all of it that is needed
@@ -136,10 +137,32 @@ async def test_it_acknowledges_only_what_the_store_has(reading: Reading) -> None
     await reading.add(2)
     reading.stream.start()
     await until(lambda: len(stores) == 2)
-    stores[0].set_result(Receipt("id", Outcome.QUEUED))
     assert await reading.deliveries() == [1, 1]
     stores[1].set_result(Receipt("id", Outcome.QUEUED))
+    # It does not wait for the other.
+    async with asyncio.timeout(5):
+        while await reading.deliveries() != [1]:  # noqa: ASYNC110  # as above
+            await asyncio.sleep(0.01)
+    stores[0].set_result(Receipt("id", Outcome.QUEUED))
     await reading.acknowledged()
+
+
+async def test_it_acknowledges_while_it_dispatches(
+    reading: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that dies in the middle of a batch leaves little of it."""
+    for n in range(2 * redis_stream.PER_TURN):
+        await reading.add(n)
+    send, left = reading.parts.intake.send, []
+
+    def counting(ready: Any) -> Any:
+        left.append(reading.redis.command("XPENDING", reading.key, "g"))
+        return send(ready)
+
+    monkeypatch.setattr(reading.parts.intake, "send", counting)
+    reading.stream.start()
+    await until(lambda: len(reading.sent) == 2 * redis_stream.PER_TURN)
+    assert [(await each)[0] for each in left[:: redis_stream.PER_TURN]] == [200, 100]
 
 
 async def test_without_the_lease_it_leaves_all_to_the_next_holder(reading: Reading) -> None:
@@ -202,6 +225,45 @@ async def test_what_was_dispatched_is_not_dispatched_again_where_redis_lost_the_
     assert reading.sent == [1, 2]
 
 
+async def test_a_dead_letter_is_written_once_where_its_answer_is_lost(
+    reading: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, command = reading.redis.run, reading.redis.command
+    lost: list[str] = []
+
+    async def losing_run(script: Any, *given: Any) -> Any:
+        answer = await run(script, *given)
+        if script.name == "bury.lua" and not lost:
+            lost.append(script.name)
+            raise Unavailable("away")
+        return answer
+
+    def losing_command(*words: Any, **given: Any) -> asyncio.Future[Any]:
+        if words[0] == "XACK" and not lost:
+            lost.append("XACK")
+            raise Unavailable("away")
+        return command(*words, **given)
+
+    monkeypatch.setattr(reading.redis, "run", losing_run)
+    monkeypatch.setattr(reading.redis, "command", losing_command)
+    await command("XADD", reading.key, "*", "no", "data")
+    with capture_logs():
+        reading.stream.start()
+        await until(lambda: bool(lost))
+        await reading.add(1)
+        await until(lambda: 1 in reading.sent)
+        await reading.acknowledged()
+    assert await command("XLEN", f"{reading.key}:dead") == 1
+
+
+async def test_a_dead_letter_of_more_fields_than_a_script_can_hand_on(reading: Reading) -> None:
+    words: list[Word] = ["XADD", reading.key, "*"]
+    await reading.redis.command(*words, *(f"f{n // 2}" for n in range(20_000)))
+    reading.stream.start()
+    await until(lambda: reading.dead == 1)
+    await reading.acknowledged()
+
+
 async def test_a_poisonous_entry_takes_no_other_with_it(reading: Reading) -> None:
     """Its node died with it three times, and with those that were read beside it."""
     ids = [await reading.add(n) for n in range(4)]
@@ -261,9 +323,9 @@ async def test_a_fault_of_ours_is_logged_and_reading_goes_on(
 
 
 def test_an_id_follows_from_the_entrys() -> None:
-    id = redis_stream._notification_id("s", b"1-1")
-    assert id == redis_stream._notification_id("s", b"1-1")
-    others = {redis_stream._notification_id(*each) for each in (("s", b"1-2"), ("t", b"1-1"))}
+    id = redis_stream._uuid_of("s", b"1-1")
+    assert id == redis_stream._uuid_of("s", b"1-1")
+    others = {redis_stream._uuid_of(*each) for each in (("s", b"1-2"), ("t", b"1-1"))}
     assert id not in others
     for each in {id, *others}:
         assert re.fullmatch(

@@ -79,6 +79,7 @@ class Parts:
             Composer(self.templates, clock=lambda: 1.0, new_id=new_uuid),
             MemoryIdempotencyKeys(IdempotencySettings()),
             source="redis",
+            alone=True,
             tenant_of=lambda named: named or "default",
         )
         self.trigger = RedisTrigger(

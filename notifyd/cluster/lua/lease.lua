@@ -1,13 +1,21 @@
--- Takes a lease that nobody holds, or renews it: one holder at a time, and none for longer than its
--- time to live after he was last heard of.
+-- Takes a lease that nobody holds, or renews it. What is written of it stays when it has lapsed or
+-- was given up; where nothing is, Redis has forgotten it, and nobody gets it for as long as somebody
+-- may still believe that he has it, but for him.
 --
--- KEYS: lease
--- ARGV: who asks, time to live (ms)
--- Answer: 1 he holds it, 0 another does
+-- KEYS: lease (text: when it lapses (ms), who has it; nobody's name is empty)
+-- ARGV: who asks, time to live (ms), 1 if by his own clock he has it, or nobody else ever may
+-- Answer: 0 he holds it, else in how many ms it lapses
 
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then
-    return 0
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local lapses, holder = string.match(redis.call('GET', KEYS[1]) or '', '^(%d+) (.*)$')
+if not lapses then
+    lapses, holder = now + ARGV[2], ''
+    redis.call('SET', KEYS[1], string.format('%.0f ', lapses))
 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return 1
+local his = holder == ARGV[1] or (holder == '' and ARGV[3] == '1')
+if not his and tonumber(lapses) > now then
+    return tonumber(lapses) - now
+end
+redis.call('SET', KEYS[1], string.format('%.0f %s', now + ARGV[2], ARGV[1]))
+return 0

@@ -2,7 +2,7 @@
 --
 -- KEYS: key (hash: f fingerprint, u until when it holds (ms), w who works; or s status and b body of
 --       his answer)
--- ARGV: now or '' (ms), fingerprint, who, lease (ms)
+-- ARGV: now or '' (ms), fingerprint, who, lease (ms), 1 if whoever else has it is dead
 -- Answer: 'fresh', 'wait', 'other' (another body), or status and body
 
 local key = KEYS[1]
@@ -21,7 +21,9 @@ if known[1] and known[2] and tonumber(known[2]) > now then
     if known[3] then
         return {known[3], known[4]}
     end
-    return {'wait'}
+    if ARGV[5] ~= '1' then
+        return {'wait'}
+    end
 end
 redis.call('DEL', key)
 redis.call('HSET', key, 'f', ARGV[2], 'u', now + ARGV[4], 'w', ARGV[3])

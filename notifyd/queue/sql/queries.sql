@@ -472,7 +472,8 @@ RETURNING created_at
 DELETE FROM notifyd_templates WHERE tenant = $1 AND id = $2 RETURNING id
 
 -- name: claim_keys
--- Gives keys to their first claimants, or to others where time ran out; returns those given.
+-- Gives keys to their first claimants, or to others where time ran out, or where nobody else can be
+-- at work with them ($6); returns those given.
 INSERT INTO notifyd_idempotency_keys AS known (scope, fingerprint, owner, expires_at)
 SELECT scope, fingerprint, $3, $4
 FROM unnest($1::bytea[], $2::bytea[]) AS wanted (scope, fingerprint)
@@ -484,6 +485,10 @@ ON CONFLICT (scope) DO UPDATE SET
     body = NULL,
     expires_at = EXCLUDED.expires_at
 WHERE known.expires_at <= $5
+    OR (
+        known.scope = ANY ($6::bytea[]) AND known.owner <> EXCLUDED.owner
+        AND known.status IS NULL AND known.fingerprint = EXCLUDED.fingerprint
+    )
 RETURNING scope
 
 -- name: find_keys
