@@ -24,7 +24,7 @@ from uvicorn.server import ServerState
 from websockets.utils import accept_key
 
 from notifyd import wire
-from notifyd.api.guard import SMALL_BODY_BYTES, Answer, Endpoint, Guard, Request
+from notifyd.api.guard import Answer, Endpoint, Guard, Request
 from notifyd.connections.admission import Handshake
 from notifyd.connections.lifecycle import Lifecycle
 from notifyd.connections.refusal import as_stream, by_close_code
@@ -179,7 +179,7 @@ class HttpProtocol(HttpToolsProtocol):
     _upgrade_ignored = False
     _refused = False
     _endpoint: Endpoint | None = None
-    _length = -1
+    _caller_known = False
     _body: bytes | bytearray = b""
     _trailer = False
     _trailer_bytes = 0
@@ -188,7 +188,6 @@ class HttpProtocol(HttpToolsProtocol):
     _stream = False
     _early: bytearray | None = None
     _refusal: NotifydError | None = None
-    _refused_route = "invalid"
     _default_headers: Sequence[tuple[bytes, bytes]] = ()
     _default_head = b""
 
@@ -254,7 +253,7 @@ class HttpProtocol(HttpToolsProtocol):
         except httptools.HttpParserError:
             if not self._stream:
                 refusal = self._refusal or BadRequest("This is not a valid HTTP request.")
-                self._refuse_and_close(refusal, self._refused_route)
+                self._refuse_and_close(refusal)
             return
         if in_trailer and self._trailer:
             # Behind the last chunk the parser gathers a header until it ends, and no limit of a
@@ -267,6 +266,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._head_bytes = len(data) + (0 if self._head_began else self._head_bytes)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse_and_close(_head_too_large())
+        elif self._endpoint is not None and not self._caller_known:
+            self._look_at_caller(self._endpoint)
 
     def timed_out(self) -> None:
         """The deadline for a head or a body passed; an idle connection is just closed."""
@@ -351,12 +352,9 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if method == b"POST":
             endpoint = self._services.fast.get(self.url)
-            if (
-                endpoint is not None
-                and self._takes_fast_lane(endpoint)
-                and (self._length <= SMALL_BODY_BYTES or self._may_be_large(endpoint))
-            ):
+            if endpoint is not None and self._takes_fast_lane(endpoint):
                 self._endpoint = endpoint
+                self._caller_known = False
                 self._body = b""
                 self.deadline = self.loop.time() + self._timeouts.body
                 return
@@ -368,19 +366,28 @@ class HttpProtocol(HttpToolsProtocol):
         self._make_scope()
         super().on_headers_complete()
 
-    def _may_be_large(self, endpoint: Endpoint) -> bool:
-        """Whether the caller may, before his large body comes; raises Unauthorized and Forbidden.
-
-        Where the refusal counts against a rate, the other lane is left to refuse him.
-        """
+    def _look_at_caller(self, endpoint: Endpoint) -> None:
+        """The body did not come with its head: a stranger's is not waited for."""
+        self._caller_known = True
+        address = self._peer() if self._forwarded else self._host
+        request = Request("POST", endpoint.path, {}, b"", self.headers, b"", address)
         try:
-            endpoint.check_caller(self.headers)
+            endpoint.check_key(request)
         except NotifydError as error:
-            if endpoint.limited:
-                return False
-            self._refusal, self._refused_route = error, endpoint.path
-            raise
-        return True
+            answer = endpoint.refuse(request, error)
+            self._endpoint = None
+            if is_awaitable(answer):
+                self._take_no_more()
+                task = self.loop.create_task(self._end_later(answer))
+                self.server_state.tasks.add(task)
+                task.add_done_callback(self.server_state.tasks.discard)
+            else:
+                self._end_with(answer)
+
+    async def _end_later(self, pending: Awaitable[Answer]) -> None:
+        answer = await pending
+        if not self.transport.is_closing():
+            self._end_with(answer)
 
     def _check_length(self) -> None:
         """Two ways to say where a body ends are a way to smuggle a request (RFC 9112, section
@@ -415,7 +422,6 @@ class HttpProtocol(HttpToolsProtocol):
                     return False
                 else:
                     length = int(value)
-        self._length = length
         return 0 <= length <= endpoint.max_body
 
     def _busy(self) -> bool:
@@ -573,16 +579,23 @@ class HttpProtocol(HttpToolsProtocol):
             # An answer now would be taken for that of the request before it.
             self.transport.close()
             return
-        self.transport.write(self._render(self._refusal_answer(error, route), close=True))
+        self._end_with(self._refusal_answer(error, route))
+
+    def _end_with(self, answer: Answer) -> None:
+        self.transport.write(self._render(answer, close=True))
         if self not in self._door.waiting or not self.transport.can_write_eof():
             self.transport.close()
             return
         # Its client may be sending still: closing with bytes unread would reset the connection, and
         # the answer be lost with it (RFC 9112, section 9.6).
         self.transport.write_eof()
+        self._take_no_more()
+        self.deadline = self.loop.time() + self._timeouts.close
+
+    def _take_no_more(self) -> None:
         self._refused = True
         self._early = bytearray()
-        self.deadline = self.loop.time() + self._timeouts.close
+        self.deadline = _NEVER
 
     def _body_is_due(self) -> bool:
         """Whether ASGI has a request whose body is not yet whole, and has answered nothing."""

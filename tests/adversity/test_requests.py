@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from uuid import uuid4
 
 import pytest
 
@@ -309,6 +310,51 @@ async def test_a_strangers_large_body_is_refused_before_it_comes(
         assert answer.status == status
         assert answer.header("x-request-id")
         assert await client.rest() == b""
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        (SEND, "X-API-Key: a-stranger"),
+        (f"{SEND}?x=1", "X-API-Key: a-stranger"),
+        (SEND, f"X-API-Key: {READ_KEY}"),
+        ("/api/v1/acks", "Authorization: Bearer a-stranger"),
+        ("/api/v1/acks", "X-Nothing: at all"),
+    ],
+)
+async def test_a_strangers_small_body_is_not_taken_in(server: Hosted, path: str, key: str) -> None:
+    async with server.connected() as client:
+        await client.send(request("POST", path, key, "Content-Length: 900"), b"{")
+        answer = await client.response()
+        assert answer.status == (403 if READ_KEY in key else 401)
+        assert answer.header("connection") == "close"
+        assert answer.header("x-request-id")
+        assert await client.rest() == b""
+
+
+async def test_in_the_fast_lane_it_is_not_even_waited_for(sockets: Hosted) -> None:
+    async with sockets.connected() as client:
+        await client.send(request("POST", SEND, "X-API-Key: a-stranger", "Content-Length: 900"))
+        await refused(client, 401, "UNAUTHORIZED")
+
+
+async def test_who_may_call_sends_his_body_when_he_likes(server: Hosted) -> None:
+    ack = json.dumps({"notification_id": str(uuid4())}).encode()
+    bearer = f"Authorization: Bearer {token('u1')}"
+    async with server.connected() as client:
+        for path, body, headers in (
+            (SEND, GOOD, ()),
+            (f"{SEND}?x=1", GOOD, ()),
+            ("/api/v1/acks", ack, (bearer,)),
+        ):
+            length = f"Content-Length: {len(body)}"
+            await client.send(server.request("POST", path, length, *headers))
+            # In a read of its own at the server.
+            await server.serves()
+            await client.send(body[:1])
+            await server.serves()
+            await client.send(body[1:])
+            assert (await client.response()).status == 200
 
 
 async def test_a_request_in_single_bytes(server: Hosted) -> None:
