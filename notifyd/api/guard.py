@@ -64,6 +64,7 @@ _EXPOSED = (
     b"X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
 )
 _REPLAYED: Headers = ((b"idempotent-replay", b"true"),)
+_UPGRADE = ((b"upgrade", b"websocket"), (b"connection", b"upgrade"))  # RFC 9110, section 7.8
 _NO_PRINCIPAL = Principal(name="", scopes=frozenset())
 _NO_IDENTITY = Identity(user_id="")
 
@@ -303,6 +304,8 @@ class Guard:
                 headers += _rate_headers(error.verdict)
         elif error.http_status == 401:
             headers.append((b"www-authenticate", b"Bearer"))  # RFC 9110, section 11.6.1
+        elif error.http_status == 426:
+            headers += _UPGRADE
         return Answer(error.http_status, self._error_body(error), tuple(headers))
 
     def _error_body(self, error: NotifydError) -> bytes:

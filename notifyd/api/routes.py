@@ -38,7 +38,14 @@ from notifyd.connections.lifecycle import Lifecycle
 from notifyd.connections.registry import Registry
 from notifyd.dispatch.confirmation import Confirmations
 from notifyd.dispatch.dispatcher import Dispatcher
-from notifyd.errors import BadRequest, MethodNotAllowed, NotFound, NotifydError, RequestTimeout
+from notifyd.errors import (
+    BadRequest,
+    MethodNotAllowed,
+    NotFound,
+    NotifydError,
+    RequestTimeout,
+    UpgradeRequired,
+)
 from notifyd.eventually import Eventually, settled
 from notifyd.metrics import Metrics
 from notifyd.queue.base import AckLedger, UserLogs
@@ -182,11 +189,12 @@ class Api:
         for endpoint in endpoints:
             route = self._routes.setdefault(endpoint.path, _Route(endpoint.path))
             route.endpoints[endpoint.method] = endpoint
-        # Its GET stands beside this application; what else is asked of it comes here.
-        stream = self._routes["/sse"] = _Route("/sse")
-        stream.endpoints["GET"] = Endpoint(
-            guard, "GET", "/sse", _only_get, Description("", ""), access="open"
-        )
+        # These stand beside this application; what else is asked of them comes here.
+        for path, handler in (("/sse", _only_get), ("/ws", _only_upgraded)):
+            beside = self._routes[path] = _Route(path)
+            beside.endpoints["GET"] = Endpoint(
+                guard, "GET", path, handler, Description("", ""), access="open"
+            )
         self._exact = {path.encode(): route for path, route in self._routes.items()}
         self._patterns = [route for path, route in self._routes.items() if "{" in path]
         self._unmatched = Endpoint(
@@ -353,6 +361,12 @@ def _decoded(segment: bytes) -> str:
 
 def _only_get(request: Request) -> Any:
     raise MethodNotAllowed("A stream is opened with GET; there is nothing in its head alone.")
+
+
+def _only_upgraded(request: Request) -> Any:
+    raise UpgradeRequired(
+        "This is a WebSocket: connect to it with a WebSocket client, at ws:// or wss://."
+    )
 
 
 def _not_found(request: Request) -> Any:

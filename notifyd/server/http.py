@@ -345,7 +345,7 @@ class HttpProtocol(HttpToolsProtocol):
         if parser.should_upgrade() and method != b"CONNECT":
             if self._should_upgrade():
                 # The parser ends behind this head, and no scope is needed.
-                self._check_length()
+                self._check_head()
                 self._upgrades = True
             else:
                 self._upgrade_ignored = True
@@ -358,10 +358,10 @@ class HttpProtocol(HttpToolsProtocol):
                 self._body = b""
                 self.deadline = self.loop.time() + self._timeouts.body
                 return
-        elif method == b"GET" and self._is_stream():
+        self._check_head()
+        if method == b"GET" and self._is_stream():
             self._stream = True
             return
-        self._check_length()
         self.deadline = self.loop.time() + self._timeouts.body
         self._make_scope()
         super().on_headers_complete()
@@ -389,17 +389,33 @@ class HttpProtocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             self._end_with(answer)
 
-    def _check_length(self) -> None:
-        """Two ways to say where a body ends are a way to smuggle a request (RFC 9112, section
-        6.3).
+    def _check_head(self) -> None:
+        """Two ways to say where a body ends are a way to smuggle a request (RFC 9112, section 6.3),
+        a coding that is not undone garbles its body (6.1), and a Host there must be (3.2).
         """
-        names = [
-            name for name, _ in self.headers if name in (b"content-length", b"transfer-encoding")
-        ]
-        if len(names) > 1:
-            self._refusal = BadRequest(
-                "A request has one Content-Length or one Transfer-Encoding, not both and not two."
+        hosts = framings = 0
+        coding = b"chunked"
+        for name, value in self.headers:
+            if name in _CHECKED:
+                if name == b"host":
+                    hosts += 1
+                else:
+                    framings += 1
+                    if name == b"transfer-encoding":
+                        coding = value.strip().lower()
+        refusal = None
+        if framings > 1:
+            refusal = (
+                "A request has one Content-Length or one Transfer-Encoding, not both, not two."
             )
+        elif coding != b"chunked":
+            refusal = "The only Transfer-Encoding known here is chunked."
+        elif hosts != 1 and (hosts or self.parser.get_http_version() == "1.1"):
+            refusal = "A request has one Host."
+        elif self.parser.get_method() == b"CONNECT":
+            refusal = "This is no proxy, and there is nothing to CONNECT to."
+        if refusal is not None:
+            self._refusal = BadRequest(refusal)
             raise self._refusal
 
     def _takes_fast_lane(self, endpoint: Endpoint) -> bool:
@@ -413,16 +429,19 @@ class HttpProtocol(HttpToolsProtocol):
         if self._busy():
             return False
         length = -1
+        hosts = 0
         self._forwarded = False
         for name, value in self.headers:
             if name in _LOOKED_AT:
-                if name == b"x-forwarded-for":
+                if name == b"host":
+                    hosts += 1
+                elif name == b"x-forwarded-for":
                     self._forwarded = True
                 elif name != b"content-length" or length >= 0 or not value.isdigit():
                     return False
                 else:
                     length = int(value)
-        return 0 <= length <= endpoint.max_body
+        return hosts == 1 and 0 <= length <= endpoint.max_body
 
     def _busy(self) -> bool:
         """Whether a request before this one is still being answered, or its client does not
@@ -645,14 +664,12 @@ class HttpProtocol(HttpToolsProtocol):
         transport: str,
         query: bytes,
         accept: Callable[[Handshake, Identity | None], None],
-        refuse: Callable[[Handshake | None, NotifydError], None],
+        refuse: Callable[[Handshake, NotifydError], None],
     ) -> None:
         try:
             arrived = self._handshake(transport, query)
         except _Refused as refused:
             refuse(refused.handshake, refused.error)
-        except NotifydError as error:
-            refuse(None, error)
         else:
             if is_awaitable(arrived):
                 task = self.loop.create_task(self._arrive_later(arrived, accept, refuse))
@@ -665,7 +682,7 @@ class HttpProtocol(HttpToolsProtocol):
         self,
         arriving: Awaitable[tuple[Handshake, Identity | None]],
         accept: Callable[[Handshake, Identity | None], None],
-        refuse: Callable[[Handshake | None, NotifydError], None],
+        refuse: Callable[[Handshake, NotifydError], None],
     ) -> None:
         try:
             handshake, identity = await arriving
@@ -771,11 +788,9 @@ class HttpProtocol(HttpToolsProtocol):
         if early:
             websocket.data_received(early)
 
-    def _refuse_websocket(self, key: str, handshake: Handshake | None, error: NotifydError) -> None:
-        code = None
-        if handshake is not None:
-            code = by_close_code(error, handshake, self._services.lifecycle.admission)
-        if handshake is None or code is None:
+    def _refuse_websocket(self, key: str, handshake: Handshake, error: NotifydError) -> None:
+        code = by_close_code(error, handshake, self._services.lifecycle.admission)
+        if code is None:
             self._refuse_and_close(error, "/ws")
             return
         websocket, _ = self._switch()
@@ -818,7 +833,7 @@ class HttpProtocol(HttpToolsProtocol):
         stream.begin(connection)
         connection.outbox.flush()
 
-    def _refuse_stream(self, handshake: Handshake | None, error: NotifydError) -> None:
+    def _refuse_stream(self, handshake: Handshake, error: NotifydError) -> None:
         events = as_stream(error, self._services.spread)
         if events is None:
             self._refuse_and_close(error, "/sse")
@@ -828,8 +843,10 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 _LOOKED_AT: Final = frozenset(
-    {b"content-length", b"transfer-encoding", b"expect", b"x-forwarded-for"}
+    {b"host", b"content-length", b"transfer-encoding", b"expect", b"x-forwarded-for"}
 )
+
+_CHECKED: Final = frozenset({b"host", b"content-length", b"transfer-encoding"})
 
 _ANSWERED: Final = FastCycle(response_complete=True)
 
