@@ -75,6 +75,7 @@ UVICORN_ATTRIBUTES: Final = {
         "response_complete",
         "response_started",
     ),
+    "Config": ("ssl",),
     "FlowControl": ("pause_reading", "resume_reading", "resume_writing", "write_paused"),
     "ServerState": ("connections", "default_headers", "tasks", "total_requests"),
 }

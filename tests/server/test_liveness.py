@@ -27,7 +27,8 @@ async def test_the_kernel_gives_up_a_peer_that_acknowledges_nothing(
     host = await start_on("sockets", websocket={"idle_timeout": 90})
     await host.listen(transport, "ada")
     (connection,) = host.notifyd._registry
-    accepted = connection.outbox.sink._transport.get_extra_info("socket")
+    sink: Any = connection.outbox.sink
+    accepted = sink._transport.get_extra_info("socket")
     assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 90_000
 
 

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import datetime
 import ipaddress
+import socket
 import ssl
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -148,3 +150,21 @@ async def test_a_handshake_that_is_not_finished_ends_at_the_deadline(tmp_path: P
                 assert await client.rest() == b""
         assert await is_served(server, verify)
         assert server.failures == []
+
+
+async def test_a_handshake_that_is_not_finished_keeps_no_server_from_stopping(
+    tmp_path: Path,
+) -> None:
+    certificate, key = make_certificate(tmp_path)
+    verify = ssl.create_default_context(cafile=str(certificate))
+    settings = settings_of(server={"tls_cert": str(certificate), "tls_key": str(key)})
+    with hosted("sockets", settings) as server:
+        silent = socket.create_connection(("127.0.0.1", server.port))
+        # Behind it in the line of those to be accepted.
+        assert await is_served(server, verify)
+        began = time.monotonic()
+    with silent:
+        silent.settimeout(PATIENCE)
+        assert silent.recv(1) == b""
+    assert time.monotonic() - began < 5
+    assert server.failures == []
