@@ -13,7 +13,7 @@ import binascii
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, Final, NoReturn, cast
 
 import httptools
 import structlog
@@ -360,6 +360,8 @@ class HttpProtocol(HttpToolsProtocol):
                 self.deadline = self.loop.time() + self._timeouts.body
                 return
         self._check_head()
+        if method == b"CONNECT":
+            self._refuse_head("This is no proxy: there is nothing to CONNECT to.")
         if method == b"GET" and self._is_stream():
             self._stream = True
             return
@@ -394,30 +396,23 @@ class HttpProtocol(HttpToolsProtocol):
         """Two ways to say where a body ends are a way to smuggle a request (RFC 9112, section 6.3),
         a coding that is not undone garbles its body (6.1), and a Host there must be (3.2).
         """
-        hosts = framings = 0
-        coding = b"chunked"
-        for name, value in self.headers:
-            if name in _CHECKED:
-                if name == b"host":
-                    hosts += 1
-                else:
-                    framings += 1
-                    if name == b"transfer-encoding":
-                        coding = value.strip().lower()
-        refusal = None
-        if framings > 1:
-            refusal = (
-                "A request has one Content-Length or one Transfer-Encoding, not both, not two."
+        names = [name for name, _ in self.headers if name in _CHECKED]
+        if names == [b"host"]:
+            return
+        hosts = names.count(b"host")
+        if len(names) - hosts > 1:
+            self._refuse_head(
+                "A request has one Content-Length or one Transfer-Encoding, not both and not two."
             )
-        elif coding != b"chunked":
-            refusal = "The only Transfer-Encoding known here is chunked."
-        elif hosts != 1 and (hosts or self.parser.get_http_version() == "1.1"):
-            refusal = "A request has one Host."
-        elif self.parser.get_method() == b"CONNECT":
-            refusal = "This is no proxy, and there is nothing to CONNECT to."
-        if refusal is not None:
-            self._refusal = BadRequest(refusal)
-            raise self._refusal
+        if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
+            self._refuse_head("A request has one Host.")
+        for name, value in self.headers:
+            if name == b"transfer-encoding" and value.lower() != b"chunked":
+                self._refuse_head("The only Transfer-Encoding known here is chunked.")
+
+    def _refuse_head(self, reason: str) -> NoReturn:
+        self._refusal = BadRequest(reason)
+        raise self._refusal
 
     def _takes_fast_lane(self, endpoint: Endpoint) -> bool:
         parser = self.parser
