@@ -411,6 +411,11 @@ def _program() -> str:
     called = sys.argv[0]
     if shutil.which("notifyd") or not os.path.isfile(called):
         return "notifyd"
+    if os.path.basename(called) == "__main__.py":
+        # So Python calls what `python -m notifyd` runs.
+        python = os.path.basename(sys.executable)
+        in_path = shutil.which(python) == sys.executable
+        return f"{python if in_path else shlex.quote(sys.executable)} -m notifyd"
     return shlex.quote(os.path.relpath(called))
 
 

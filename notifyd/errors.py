@@ -12,6 +12,7 @@
 | Conflict           | CONFLICT            | 409  | -               |
 | PayloadTooLarge    | PAYLOAD_TOO_LARGE   | 413  | 1009            |
 | ValidationError    | VALIDATION_ERROR    | 422  | -               |
+| UpgradeRequired    | UPGRADE_REQUIRED    | 426  | -               |
 | RateLimited        | RATE_LIMITED        | 429  | 4029            |
 | ConnectionLimit    | CONNECTION_LIMIT    | 429  | 4029            |
 | UserConnectionLimit| CONNECTION_LIMIT    | 429  | 4009            |
@@ -126,6 +127,13 @@ class ValidationError(NotifydError):
 
     code = "VALIDATION_ERROR"
     http_status = 422
+
+
+class UpgradeRequired(NotifydError):
+    """What is there is a WebSocket, and no plain request was meant for it."""
+
+    code = "UPGRADE_REQUIRED"
+    http_status = 426
 
 
 class RateLimited(NotifydError):

@@ -7,7 +7,7 @@ limits, request ids, CORS, metrics and errors are the same whichever way a reque
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping
 from time import perf_counter
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -64,6 +64,7 @@ _EXPOSED = (
     b"X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
 )
 _REPLAYED: Headers = ((b"idempotent-replay", b"true"),)
+_UPGRADE = ((b"upgrade", b"websocket"), (b"connection", b"upgrade"))  # RFC 9110, section 7.8
 _NO_PRINCIPAL = Principal(name="", scopes=frozenset())
 _NO_IDENTITY = Identity(user_id="")
 
@@ -156,9 +157,6 @@ class ErrorAnswer(msgspec.Struct, frozen=True):
 
     error: ErrorInfo
 
-
-SMALL_BODY_BYTES = 16384
-"""A body up to this is taken in before anybody asks who sends it."""
 
 Handler: TypeAlias = Callable[[Request], Eventually[msgspec.Struct | None]]
 """Answers with a struct to be encoded, an Answer that is sent as it is, or None (no content)."""
@@ -306,6 +304,8 @@ class Guard:
                 headers += _rate_headers(error.verdict)
         elif error.http_status == 401:
             headers.append((b"www-authenticate", b"Bearer"))  # RFC 9110, section 11.6.1
+        elif error.http_status == 426:
+            headers += _UPGRADE
         return Answer(error.http_status, self._error_body(error), tuple(headers))
 
     def _error_body(self, error: NotifydError) -> bytes:
@@ -522,17 +522,23 @@ class Endpoint:
         request.verdict = await taken
         return await settled(self(request, started))
 
-    def check_caller(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        """Look at the API key before a large body is taken in, so that strangers fill no memory.
+    def check_caller(self, request: Request) -> Eventually[None]:
+        """Look at who sends a request whose body has not come yet, so that strangers fill no
+        memory.
 
-        Raises Unauthorized and Forbidden; nothing where no key is asked for.
+        Raises what refuses the caller; nothing where anybody may call.
         """
+        if self.access == "user":
+            return then(self._guard.identify(request), _nothing)
+        if self.access != "open":
+            self.check_key(request)
+        return None
+
+    def check_key(self, request: Request) -> None:
+        """The same for an endpoint that asks for an API key. Raises Unauthorized and Forbidden."""
         access = self.access
-        if access in {"user", "open"}:
-            return
-        found = dict(headers)
         principal = self._authenticate(
-            found.get(b"x-api-key") or _bearer_key(found.get(b"authorization"))
+            request.header(b"x-api-key") or _bearer_key(request.header(b"authorization"))
         )
         if access not in principal.scopes and "admin" not in principal.scopes:
             raise _out_of_scope(principal, access)
@@ -650,6 +656,10 @@ class Endpoint:
             counter = requests.labels(method, self.path, str(status))
             self._counters[method, status] = counter
         return counter
+
+
+def _nothing(_identity: Identity) -> None:
+    """Who it is will be asked again, with the body."""
 
 
 def bearer(authorization: bytes | None) -> bytes | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, TypeVar, get_args
@@ -138,13 +139,25 @@ class Content(msgspec.Struct, frozen=True, gc=False, kw_only=True, forbid_unknow
         | None
     ) = None
     exclude_connection: (
-        Annotated[str, Meta(description="A connection that does not get it: the sender's own.")]
+        Annotated[
+            str,
+            Meta(
+                description="The id of a connection that does not get it: the sender's own.",
+                extra_json_schema={"format": "uuid"},
+            ),
+        ]
         | None
     ) = None
     require_ack: Annotated[
         bool,
         Meta(description="Each recipient of a channel or broadcast is expected to ack."),
     ] = False
+
+
+def excluded(content: Content) -> str | None:
+    """The id of the connection that does not get it, None where all may. Raises ValidationError."""
+    id = content.exclude_connection
+    return None if id is None else canonical_uuid(id, "exclude_connection")
 
 
 class SendBody(Content, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
@@ -235,6 +248,45 @@ def _whole_batch(data: bytes) -> _WholeBatchBody | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return None if body.options.stop_on_error or body.options.deduplicate else body
+
+
+_decode_strict_batch = Decoder(BatchBody)
+_ESCAPES = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # a pair
+    rb"|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\."
+)
+_HALF_A_PAIR = Raw(b'"\\ud800"')
+
+
+def _decode_batch(data: bytes) -> BatchBody:
+    """A batch whose items are not looked into. Raises what `Decoder` does.
+
+    The decoder refuses half of a surrogate pair wherever it is: an item that holds one stands there
+    as one that is refused by itself.
+    """
+    try:
+        return _decode_strict_batch(data)
+    except ValidationError:
+        halves = [found.start(1) for found in _ESCAPES.finditer(data) if found[1]]
+        if not halves:
+            raise
+        # What differs where something else stands in their place holds one.
+        body, other = (_decode_strict_batch(_with(data, halves, each)) for each in (b"0", b"1"))
+        if body.idempotency_key != other.idempotency_key:
+            raise
+        items = [
+            mine if bytes(mine) == bytes(others) else _HALF_A_PAIR
+            for mine, others in zip(body.notifications, other.notifications, strict=True)
+        ]
+        return msgspec.structs.replace(body, notifications=items)
+
+
+def _with(data: bytes, escapes: Sequence[int], digit: bytes) -> bytes:
+    """`data` with a digit's escape in the place of those that begin at `escapes`."""
+    changed = bytearray(data)
+    for start in escapes:
+        changed[start : start + 6] = b"\\u003" + digit
+    return bytes(changed)
 
 
 # --- what goes out ------------------------------------------------------------------------------
@@ -441,7 +493,7 @@ class Publishing:
         self._broadcast_body = Decoder(BroadcastBody)
         self._channel_body = Decoder(ChannelBody)
         self._channels_body = Decoder(ChannelsBody)
-        self._batch_body = Decoder(BatchBody)
+        self._batch_body = _decode_batch
 
     def endpoints(self) -> list[Endpoint]:
         """The seven calls."""
@@ -543,7 +595,7 @@ class Publishing:
             request.tenant,
             target,
             notification,
-            exclude_connection=content.exclude_connection,
+            exclude_connection=excluded(content),
             source=request.source,
         )
         if isinstance(receipt, Receipt):
@@ -762,7 +814,7 @@ class Publishing:
                 batch.request.tenant,
                 target,
                 built,  # type: ignore[arg-type]  # see eventually.py
-                exclude_connection=body.exclude_connection,
+                exclude_connection=excluded(body),
                 source=batch.request.source,
             )
             if isinstance(receipt, Receipt):
@@ -792,7 +844,7 @@ class Publishing:
             batch.request.tenant,
             item.target,
             notification,
-            exclude_connection=body.exclude_connection,
+            exclude_connection=excluded(body),
             source=batch.request.source,
         )
         return then(receipt, lambda receipt: _item_result(item.index, receipt))

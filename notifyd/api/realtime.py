@@ -113,6 +113,8 @@ class Realtime:
             raise Forbidden(
                 "This origin may not connect.", hint=f'add "{handshake.origin}" to cors.origins'
             )
+        if handshake.fault is not None:
+            raise handshake.fault
         identity = await self._authenticate(HTTPConnection(scope))
         if identity is None:
             raise Unauthorized("The application does not know this client.")
@@ -148,9 +150,8 @@ class Realtime:
         websocket = WebSocket(scope, receive, send)
         await websocket.receive()
         request = self._request(scope, "/ws")
-        handshake: Handshake | None = None
+        handshake = Handshake("websocket", request.query, request.headers, request.address)
         try:
-            handshake = Handshake("websocket", request.query, request.headers, request.address)
             identity = await self._admit(handshake, scope)
         except NotifydError as error:
             await self._refuse_websocket(websocket, request, handshake, error)
@@ -178,13 +179,11 @@ class Realtime:
         self,
         websocket: WebSocket,
         request: Request,
-        handshake: Handshake | None,
+        handshake: Handshake,
         error: NotifydError,
     ) -> None:
-        code = None
-        if handshake is not None:
-            code = by_close_code(error, handshake, self._lifecycle.admission)
-        if handshake is None or code is None:
+        code = by_close_code(error, handshake, self._lifecycle.admission)
+        if code is None:
             if "websocket.http.response" in websocket.scope.get("extensions", {}):
                 await websocket.send_denial_response(self._refusal(request, error))
             else:
@@ -237,8 +236,8 @@ class Realtime:
         """The ASGI application behind `GET /sse`."""
         request = self._request(scope, "/sse")
         sink = AsgiSink()
+        handshake = Handshake("sse", request.query, request.headers, request.address)
         try:
-            handshake = Handshake("sse", request.query, request.headers, request.address)
             identity = await self._admit(handshake, scope)
         except NotifydError as error:
             events = as_stream(error, self._spread)

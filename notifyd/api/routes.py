@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from notifyd.api.acks import Acks
 from notifyd.api.channels import Channels
 from notifyd.api.cluster import ClusterStatusApi
 from notifyd.api.demo import Demo
 from notifyd.api.guard import (
-    SMALL_BODY_BYTES,
     Answer,
     Description,
     Endpoint,
@@ -39,13 +38,23 @@ from notifyd.connections.lifecycle import Lifecycle
 from notifyd.connections.registry import Registry
 from notifyd.dispatch.confirmation import Confirmations
 from notifyd.dispatch.dispatcher import Dispatcher
-from notifyd.errors import BadRequest, MethodNotAllowed, NotFound, NotifydError, RequestTimeout
+from notifyd.errors import (
+    BadRequest,
+    MethodNotAllowed,
+    NotFound,
+    NotifydError,
+    RequestTimeout,
+    UpgradeRequired,
+)
 from notifyd.eventually import Eventually, settled
 from notifyd.metrics import Metrics
 from notifyd.queue.base import AckLedger, UserLogs
 from notifyd.templates import TemplateStore
 
 BODY_SECONDS = 30.0
+SMALL_BODY_BYTES = 16384
+"""What is waited for before anybody asks who sends it."""
+
 MAX_DISCARDED_BYTES = 4_194_304
 """What is read of a body beyond its limit, so that its sender reads the answer."""
 
@@ -180,11 +189,12 @@ class Api:
         for endpoint in endpoints:
             route = self._routes.setdefault(endpoint.path, _Route(endpoint.path))
             route.endpoints[endpoint.method] = endpoint
-        # Its GET stands beside this application; what else is asked of it comes here.
-        stream = self._routes["/sse"] = _Route("/sse")
-        stream.endpoints["GET"] = Endpoint(
-            guard, "GET", "/sse", _only_get, Description("", ""), access="open"
-        )
+        # These stand beside this application; what else is asked of them comes here.
+        for path, handler in (("/sse", _only_get), ("/ws", _only_upgraded)):
+            beside = self._routes[path] = _Route(path)
+            beside.endpoints["GET"] = Endpoint(
+                guard, "GET", path, handler, Description("", ""), access="open"
+            )
         self._exact = {path.encode(): route for path, route in self._routes.items()}
         self._patterns = [route for path, route in self._routes.items() if "{" in path]
         self._unmatched = Endpoint(
@@ -264,29 +274,37 @@ class Api:
     async def _body(self, receive: Receive, request: Request, endpoint: Endpoint) -> bytes | None:
         """The whole body, None where the client went away.
 
-        Raises Unauthorized and Forbidden before it reads a large one; PayloadTooLarge, before
-        reading where the client waits to be told to go on or means to send very much; and
-        RequestTimeout.
+        Raises what refuses its sender, before it takes in more than has come with the head, and
+        before it waits for a large one; PayloadTooLarge, before reading where the client waits to
+        be told to go on or means to send very much; and RequestTimeout.
         """
         limit = endpoint.max_body
-        length = request.header(b"content-length")
-        if length is None or not length.isdigit() or int(length) > SMALL_BODY_BYTES:
-            endpoint.check_caller(request.headers)
-        if length is not None and length.isdigit():
-            awaited = request.header(b"expect") is not None
-            if int(length) > (limit if awaited else limit + MAX_DISCARDED_BYTES):
-                raise too_large(limit)
+        awaited = request.header(b"expect") is not None
+        length = _announced(request.header(b"content-length"))
+        known = awaited or not 0 <= length <= SMALL_BODY_BYTES
+        if known:
+            await settled(endpoint.check_caller(request))
+        if length > (limit if awaited else limit + MAX_DISCARDED_BYTES):
+            raise too_large(limit)
         try:
             async with asyncio.timeout(self._body_seconds):
-                return await _read(receive, limit)
+                message = await receive()
+                if not known and message.get("more_body", False):
+                    await settled(endpoint.check_caller(request))
+                return await _read(message, receive, limit)
         except TimeoutError as error:
             raise RequestTimeout(
                 f"The body did not arrive within {self._body_seconds:g} s."
             ) from error
 
 
-async def _read(receive: Receive, limit: int) -> bytes | None:
-    """Read a body to its end, one that is somewhat too large as well.
+def _announced(length: bytes | None) -> int:
+    """How long a body is to be, -1 where that is not said."""
+    return int(length) if length is not None and length.isdigit() else -1
+
+
+async def _read(message: Message, receive: Receive, limit: int) -> bytes | None:
+    """Read a body from its first message to its end, one that is somewhat too large as well.
 
     Closing a socket with bytes unread resets it, and the client may never see why it was refused
     (RFC 9112, section 9.6).
@@ -294,7 +312,6 @@ async def _read(receive: Receive, limit: int) -> bytes | None:
     parts: list[bytes] = []
     size = 0
     while True:
-        message = await receive()
         if message["type"] == "http.disconnect":
             return None
         part = message.get("body", b"")
@@ -308,6 +325,7 @@ async def _read(receive: Receive, limit: int) -> bytes | None:
             if size > limit:
                 raise too_large(limit)
             return b"".join(parts)
+        message = await receive()
 
 
 async def _send(send: Send, answer: Answer, *, head: bool) -> None:
@@ -343,6 +361,12 @@ def _decoded(segment: bytes) -> str:
 
 def _only_get(request: Request) -> Any:
     raise MethodNotAllowed("A stream is opened with GET; there is nothing in its head alone.")
+
+
+def _only_upgraded(request: Request) -> Any:
+    raise UpgradeRequired(
+        "This is a WebSocket: connect to it with a WebSocket client, at ws:// or wss://."
+    )
 
 
 def _not_found(request: Request) -> Any:

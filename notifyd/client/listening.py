@@ -446,7 +446,8 @@ def _described(ending: Ending) -> tuple[int, str]:
         case Closed():
             return ending.code, ending.reason
         case Refused():
-            return ending.error.status, str(ending.error)
+            status = ending.error.status
+            return status, str(ending.error).removeprefix(f"{status} ")
         case Failed():
             return 1006, str(ending.error) or type(ending.error).__name__
         case _:

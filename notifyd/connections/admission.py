@@ -24,8 +24,9 @@ MAX_PARAMETERS = 32
 class Handshake:
     """What a client asked for when it came.
 
-    `headers` have lower-case names; `query` is the raw query string with its token, if any. Raises
-    BadRequest where the query is not UTF-8 or a parameter makes no sense.
+    `headers` have lower-case names; `query` is the raw query string with its token, if any. `fault`
+    is what refuses it where the query is not UTF-8 or a parameter makes no sense: the rest is read
+    all the same, and says how the client can be told.
     """
 
     __slots__ = (
@@ -33,6 +34,7 @@ class Handshake:
         "address",
         "channels",
         "cookie",
+        "fault",
         "origin",
         "same_origin",
         "subprotocols",
@@ -58,6 +60,7 @@ class Handshake:
         self.cookie = ""
         self.user_agent = ""
         self.subprotocols: list[str] = []
+        self.fault: BadRequest | None = None
         bearer: str | None = None
         for name, value in headers:
             if name == b"authorization":
@@ -76,7 +79,10 @@ class Handshake:
             elif name == b"sec-websocket-protocol":
                 self.subprotocols += [token.strip() for token in value.decode("latin-1").split(",")]
         if query:
-            self._read_query(query)
+            try:
+                self._read_query(query)
+            except BadRequest as fault:
+                self.fault = fault
         if self.token is None:
             self.token = bearer
         if self.token is None:
@@ -142,14 +148,17 @@ class Admission:
     def identify(self, handshake: Handshake) -> Eventually[Identity | None]:
         """The user, or None for a WebSocket that is to authenticate with its first message.
 
-        Raises Forbidden for a foreign origin, Unauthorized or TokenExpired for a token that does
-        not hold, Unavailable where the keys to check it cannot be had.
+        Raises Forbidden for a foreign origin, BadRequest for a handshake with a fault, Unauthorized
+        or TokenExpired for a token that does not hold, Unavailable where the keys to check it
+        cannot be had.
         """
         if not self._origins.allows(handshake.origin):
             raise Forbidden(
                 "This origin may not connect.",
                 hint=f'add "{handshake.origin}" to cors.origins',
             )
+        if handshake.fault is not None:
+            raise handshake.fault
         token = handshake.token
         if token is None:
             token = self._from_cookie(handshake)

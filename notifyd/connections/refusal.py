@@ -13,6 +13,8 @@ from notifyd.connections.admission import Admission, Handshake
 from notifyd.errors import NotifydError
 
 DEFAULT_RETRY_SECONDS = 5
+PROTOCOL_ERROR = 1002
+"""The client must be mended, and should not come again as it is."""
 
 
 def by_close_code(error: NotifydError, handshake: Handshake, admission: Admission) -> int | None:
@@ -22,6 +24,8 @@ def by_close_code(error: NotifydError, handshake: Handshake, admission: Admissio
     """
     if handshake.origin is None or not admission.origin_allowed(handshake):
         return None
+    if error.http_status == 400:
+        return PROTOCOL_ERROR
     if error.http_status == 401:
         return 4001
     return error.close_code if error.http_status in (429, 503) else None

@@ -26,6 +26,7 @@ from notifyd.api.notifications import (
     MISSING,
     Composer,
     Content,
+    excluded,
     target_of,
 )
 from notifyd.cluster.lease import Lease
@@ -184,11 +185,12 @@ class Intake:
                 raise _twice()
             content = message.event
         tenant = self._tenant_of(message.tenant_id)
+        exclude = excluded(content)
         notification = self._compose(tenant, content, entry, at)
         keyed = content.id is not None or content.idempotency_key is not None
         if not keyed and isinstance(notification, Notification):
-            return Ready(tenant, receivers, notification, content.exclude_connection)
-        return self._prepare_later(tenant, receivers, content, notification, data)
+            return Ready(tenant, receivers, notification, exclude)
+        return self._prepare_later(tenant, receivers, content, notification, exclude, data)
 
     async def _prepare_later(
         self,
@@ -196,6 +198,7 @@ class Intake:
         target: Target,
         content: Content,
         built: Eventually[Notification],
+        exclude: str | None,
         data: bytes,
     ) -> Ready | None:
         notification = await settled(built)
@@ -217,7 +220,7 @@ class Intake:
                 await _abandon(claims)
                 return None
             claims.append(claim)
-        return Ready(tenant, target, notification, content.exclude_connection, claims)
+        return Ready(tenant, target, notification, exclude, claims)
 
     async def first(self, ready: Ready) -> bool:
         """Whether this message is the first with its keys, once those at work with them have

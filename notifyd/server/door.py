@@ -1,13 +1,17 @@
 """Every socket from accept to its end: how many there may be, and how long they may say nothing.
 
 A socket that has not sent a byte costs a transport and one small object; only then does it get an
-HTTP parser. All deadlines before a connection is established are swept by one timer.
+HTTP parser. All deadlines before a connection is established are swept by one timer. A TLS
+handshake comes behind the count, and within the deadline of the first byte.
 """
 
 from __future__ import annotations
 
 import asyncio
-from asyncio import Future, TimerHandle
+import contextlib
+import socket
+import ssl
+from asyncio import Future, Task, TimerHandle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -28,10 +32,10 @@ _FULL = (
 class Timeouts:
     """How long a client may take, in seconds.
 
-    `first_byte` from its accept; `head` and `body` of a request, from their first bytes;
-    `keep_alive` between two requests; `message` for a WebSocket message that was begun; `close` for
-    the answer to a Close, and for reading what was written before it. `sweep` is how often the
-    first four are looked at.
+    `first_byte` from its accept, with the TLS handshake; `head` and `body` of a request, from their
+    first bytes; `keep_alive` between two requests; `message` for a WebSocket message that was
+    begun; `close` for the answer to a Close (of TLS too), and for reading what was written before
+    it. `sweep` is how often the first four are looked at.
     """
 
     first_byte: float = 10.0
@@ -74,6 +78,7 @@ class Door:
         self.detached = 0
         self._emptied: Future[None] | None = None
         self.waiting: dict[Waiting, None] = {}
+        self.handshakes: set[Task[None]] = set()
         self._timer: TimerHandle | None = None
         self._log = structlog.get_logger("notifyd.server")
         self._full = False
@@ -134,6 +139,8 @@ class Door:
 
     def close_silent(self) -> None:
         """The server stops: sockets that never spoke need no answer."""
+        for handshake in self.handshakes:
+            handshake.cancel()
         for each in list(self.waiting):
             if isinstance(each, Doorman):
                 each.timed_out()
@@ -176,11 +183,78 @@ class Doorman(asyncio.Protocol):
         """It left without a word."""
 
     def timed_out(self) -> None:
-        """It said nothing."""
+        """It said nothing, and is owed no answer, nor TLS's goodbye."""
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
         self._door.waiting.pop(self, None)
         self._door.leave()
+
+
+class TlsDoorman(asyncio.Protocol):
+    """Stands at a fresh socket that is to speak TLS: counts it, and sees its handshake through.
+
+    An event loop that is asked for TLS calls a protocol after the handshake only, and never where
+    there is none.
+    """
+
+    __slots__ = ("_door", "_make_guest", "_tls")
+
+    def __init__(
+        self, door: Door, make_guest: Callable[[], asyncio.Protocol], tls: ssl.SSLContext
+    ) -> None:
+        self._door = door
+        self._make_guest = make_guest
+        self._tls = tls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Let the socket in, or turn it away; without TLS it can be told nothing."""
+        door = self._door
+        # The socket goes on to a transport with TLS before this one has read a byte of it.
+        try:
+            accepted = transport.get_extra_info("socket").dup()
+        finally:
+            cast(asyncio.Transport, transport).abort()
+        if not door.enter():
+            accepted.close()
+            door.leave()
+            return
+        task = door.loop.create_task(self._secure(accepted))
+        door.handshakes.add(task)
+        task.add_done_callback(door.handshakes.discard)
+
+    async def _secure(self, accepted: socket.socket) -> None:
+        door, timeouts = self._door, self._door.timeouts
+        doorman = _SecuredDoorman(door, self._make_guest)
+        doorman.deadline = door.loop.time() + timeouts.first_byte
+        # It may leave, speak no TLS, or not speak in time.
+        try:
+            with contextlib.suppress(OSError):
+                await door.loop.connect_accepted_socket(
+                    lambda: doorman,
+                    accepted,
+                    ssl=self._tls,
+                    ssl_handshake_timeout=timeouts.first_byte,
+                    ssl_shutdown_timeout=timeouts.close,
+                )
+        finally:
+            if not doorman.came:
+                door.leave()
+
+
+class _SecuredDoorman(Doorman):
+    """Stands at a socket that was counted before its handshake, and has a deadline since."""
+
+    __slots__ = ()
+
+    @property
+    def came(self) -> bool:
+        """Whether the handshake was ever finished."""
+        return self._transport is not None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Wait for its first bytes."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._door.waiting[self] = None

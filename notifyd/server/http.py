@@ -13,7 +13,7 @@ import binascii
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, Final, NoReturn, cast
 
 import httptools
 import structlog
@@ -24,7 +24,7 @@ from uvicorn.server import ServerState
 from websockets.utils import accept_key
 
 from notifyd import wire
-from notifyd.api.guard import SMALL_BODY_BYTES, Answer, Endpoint, Guard, Request
+from notifyd.api.guard import Answer, Endpoint, Guard, Request
 from notifyd.connections.admission import Handshake
 from notifyd.connections.lifecycle import Lifecycle
 from notifyd.connections.refusal import as_stream, by_close_code
@@ -75,6 +75,7 @@ UVICORN_ATTRIBUTES: Final = {
         "response_complete",
         "response_started",
     ),
+    "Config": ("ssl",),
     "FlowControl": ("pause_reading", "resume_reading", "resume_writing", "write_paused"),
     "ServerState": ("connections", "default_headers", "tasks", "total_requests"),
 }
@@ -179,7 +180,7 @@ class HttpProtocol(HttpToolsProtocol):
     _upgrade_ignored = False
     _refused = False
     _endpoint: Endpoint | None = None
-    _length = -1
+    _caller_known = False
     _body: bytes | bytearray = b""
     _trailer = False
     _trailer_bytes = 0
@@ -188,7 +189,6 @@ class HttpProtocol(HttpToolsProtocol):
     _stream = False
     _early: bytearray | None = None
     _refusal: NotifydError | None = None
-    _refused_route = "invalid"
     _default_headers: Sequence[tuple[bytes, bytes]] = ()
     _default_head = b""
 
@@ -254,7 +254,7 @@ class HttpProtocol(HttpToolsProtocol):
         except httptools.HttpParserError:
             if not self._stream:
                 refusal = self._refusal or BadRequest("This is not a valid HTTP request.")
-                self._refuse_and_close(refusal, self._refused_route)
+                self._refuse_and_close(refusal)
             return
         if in_trailer and self._trailer:
             # Behind the last chunk the parser gathers a header until it ends, and no limit of a
@@ -267,6 +267,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._head_bytes = len(data) + (0 if self._head_began else self._head_bytes)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse_and_close(_head_too_large())
+        elif self._endpoint is not None and not self._caller_known:
+            self._look_at_caller(self._endpoint)
 
     def timed_out(self) -> None:
         """The deadline for a head or a body passed; an idle connection is just closed."""
@@ -344,56 +346,73 @@ class HttpProtocol(HttpToolsProtocol):
         if parser.should_upgrade() and method != b"CONNECT":
             if self._should_upgrade():
                 # The parser ends behind this head, and no scope is needed.
-                self._check_length()
+                self._check_head()
                 self._upgrades = True
             else:
                 self._upgrade_ignored = True
             return
         if method == b"POST":
             endpoint = self._services.fast.get(self.url)
-            if (
-                endpoint is not None
-                and self._takes_fast_lane(endpoint)
-                and (self._length <= SMALL_BODY_BYTES or self._may_be_large(endpoint))
-            ):
+            if endpoint is not None and self._takes_fast_lane(endpoint):
                 self._endpoint = endpoint
+                self._caller_known = False
                 self._body = b""
                 self.deadline = self.loop.time() + self._timeouts.body
                 return
-        elif method == b"GET" and self._is_stream():
+        self._check_head()
+        if method == b"CONNECT":
+            self._refuse_head("This is no proxy: there is nothing to CONNECT to.")
+        if method == b"GET" and self._is_stream():
             self._stream = True
             return
-        self._check_length()
         self.deadline = self.loop.time() + self._timeouts.body
         self._make_scope()
         super().on_headers_complete()
 
-    def _may_be_large(self, endpoint: Endpoint) -> bool:
-        """Whether the caller may, before his large body comes; raises Unauthorized and Forbidden.
-
-        Where the refusal counts against a rate, the other lane is left to refuse him.
-        """
+    def _look_at_caller(self, endpoint: Endpoint) -> None:
+        """The body did not come with its head: a stranger's is not waited for."""
+        self._caller_known = True
+        address = self._peer() if self._forwarded else self._host
+        request = Request("POST", endpoint.path, {}, b"", self.headers, b"", address)
         try:
-            endpoint.check_caller(self.headers)
+            endpoint.check_key(request)
         except NotifydError as error:
-            if endpoint.limited:
-                return False
-            self._refusal, self._refused_route = error, endpoint.path
-            raise
-        return True
+            answer = endpoint.refuse(request, error)
+            self._endpoint = None
+            if is_awaitable(answer):
+                self._take_no_more()
+                task = self.loop.create_task(self._end_later(answer))
+                self.server_state.tasks.add(task)
+                task.add_done_callback(self.server_state.tasks.discard)
+            else:
+                self._end_with(answer)
 
-    def _check_length(self) -> None:
-        """Two ways to say where a body ends are a way to smuggle a request (RFC 9112, section
-        6.3).
+    async def _end_later(self, pending: Awaitable[Answer]) -> None:
+        answer = await pending
+        if not self.transport.is_closing():
+            self._end_with(answer)
+
+    def _check_head(self) -> None:
+        """Two ways to say where a body ends are a way to smuggle a request (RFC 9112, section 6.3),
+        a coding that is not undone garbles its body (6.1), and a Host there must be (3.2).
         """
-        names = [
-            name for name, _ in self.headers if name in (b"content-length", b"transfer-encoding")
-        ]
-        if len(names) > 1:
-            self._refusal = BadRequest(
+        names = [name for name, _ in self.headers if name in _CHECKED]
+        if names == [b"host"]:
+            return
+        hosts = names.count(b"host")
+        if len(names) - hosts > 1:
+            self._refuse_head(
                 "A request has one Content-Length or one Transfer-Encoding, not both and not two."
             )
-            raise self._refusal
+        if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
+            self._refuse_head("A request has one Host.")
+        for name, value in self.headers:
+            if name == b"transfer-encoding" and value.lower() != b"chunked":
+                self._refuse_head("The only Transfer-Encoding known here is chunked.")
+
+    def _refuse_head(self, reason: str) -> NoReturn:
+        self._refusal = BadRequest(reason)
+        raise self._refusal
 
     def _takes_fast_lane(self, endpoint: Endpoint) -> bool:
         parser = self.parser
@@ -406,17 +425,19 @@ class HttpProtocol(HttpToolsProtocol):
         if self._busy():
             return False
         length = -1
+        hosts = 0
         self._forwarded = False
         for name, value in self.headers:
             if name in _LOOKED_AT:
-                if name == b"x-forwarded-for":
+                if name == b"host":
+                    hosts += 1
+                elif name == b"x-forwarded-for":
                     self._forwarded = True
                 elif name != b"content-length" or length >= 0 or not value.isdigit():
                     return False
                 else:
                     length = int(value)
-        self._length = length
-        return 0 <= length <= endpoint.max_body
+        return hosts == 1 and 0 <= length <= endpoint.max_body
 
     def _busy(self) -> bool:
         """Whether a request before this one is still being answered, or its client does not
@@ -573,16 +594,23 @@ class HttpProtocol(HttpToolsProtocol):
             # An answer now would be taken for that of the request before it.
             self.transport.close()
             return
-        self.transport.write(self._render(self._refusal_answer(error, route), close=True))
+        self._end_with(self._refusal_answer(error, route))
+
+    def _end_with(self, answer: Answer) -> None:
+        self.transport.write(self._render(answer, close=True))
         if self not in self._door.waiting or not self.transport.can_write_eof():
             self.transport.close()
             return
         # Its client may be sending still: closing with bytes unread would reset the connection, and
         # the answer be lost with it (RFC 9112, section 9.6).
         self.transport.write_eof()
+        self._take_no_more()
+        self.deadline = self.loop.time() + self._timeouts.close
+
+    def _take_no_more(self) -> None:
         self._refused = True
         self._early = bytearray()
-        self.deadline = self.loop.time() + self._timeouts.close
+        self.deadline = _NEVER
 
     def _body_is_due(self) -> bool:
         """Whether ASGI has a request whose body is not yet whole, and has answered nothing."""
@@ -632,14 +660,12 @@ class HttpProtocol(HttpToolsProtocol):
         transport: str,
         query: bytes,
         accept: Callable[[Handshake, Identity | None], None],
-        refuse: Callable[[Handshake | None, NotifydError], None],
+        refuse: Callable[[Handshake, NotifydError], None],
     ) -> None:
         try:
             arrived = self._handshake(transport, query)
         except _Refused as refused:
             refuse(refused.handshake, refused.error)
-        except NotifydError as error:
-            refuse(None, error)
         else:
             if is_awaitable(arrived):
                 task = self.loop.create_task(self._arrive_later(arrived, accept, refuse))
@@ -652,7 +678,7 @@ class HttpProtocol(HttpToolsProtocol):
         self,
         arriving: Awaitable[tuple[Handshake, Identity | None]],
         accept: Callable[[Handshake, Identity | None], None],
-        refuse: Callable[[Handshake | None, NotifydError], None],
+        refuse: Callable[[Handshake, NotifydError], None],
     ) -> None:
         try:
             handshake, identity = await arriving
@@ -758,11 +784,9 @@ class HttpProtocol(HttpToolsProtocol):
         if early:
             websocket.data_received(early)
 
-    def _refuse_websocket(self, key: str, handshake: Handshake | None, error: NotifydError) -> None:
-        code = None
-        if handshake is not None:
-            code = by_close_code(error, handshake, self._services.lifecycle.admission)
-        if handshake is None or code is None:
+    def _refuse_websocket(self, key: str, handshake: Handshake, error: NotifydError) -> None:
+        code = by_close_code(error, handshake, self._services.lifecycle.admission)
+        if code is None:
             self._refuse_and_close(error, "/ws")
             return
         websocket, _ = self._switch()
@@ -805,7 +829,7 @@ class HttpProtocol(HttpToolsProtocol):
         stream.begin(connection)
         connection.outbox.flush()
 
-    def _refuse_stream(self, handshake: Handshake | None, error: NotifydError) -> None:
+    def _refuse_stream(self, handshake: Handshake, error: NotifydError) -> None:
         events = as_stream(error, self._services.spread)
         if events is None:
             self._refuse_and_close(error, "/sse")
@@ -815,8 +839,10 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 _LOOKED_AT: Final = frozenset(
-    {b"content-length", b"transfer-encoding", b"expect", b"x-forwarded-for"}
+    {b"host", b"content-length", b"transfer-encoding", b"expect", b"x-forwarded-for"}
 )
+
+_CHECKED: Final = frozenset({b"host", b"content-length", b"transfer-encoding"})
 
 _ANSWERED: Final = FastCycle(response_complete=True)
 

@@ -8,6 +8,7 @@ import ctypes
 import gc
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from notifyd.errors import ConfigurationError
-from notifyd.server.door import Door, Doorman
+from notifyd.server.door import Door, Doorman, TlsDoorman
 from notifyd.server.http import TESTED_UVICORN, Beginning, HttpProtocol, Services
 from notifyd.server.websocket import WebSocketProtocol
 from notifyd.server.workers import Supervisor, Work, reserve
@@ -87,7 +88,7 @@ class Server(uvicorn.Server):
         self._announce = announce
         self._log = structlog.get_logger("notifyd.server")
         self.door: Door | None = None
-        self._make_guest: Callable[[], asyncio.Protocol]
+        self._make_doorman: Callable[[], asyncio.Protocol]
         self._draining: asyncio.Future[None] | None = None
 
     def make_protocol(
@@ -108,8 +109,14 @@ class Server(uvicorn.Server):
             )
             door.start()
             beginning = Beginning(config, server_state, app_state, _loop)
-            self._make_guest = partial(HttpProtocol, self._serving.services, door, beginning)
-        return Doorman(door, self._make_guest)
+            make_guest = partial(HttpProtocol, self._serving.services, door, beginning)
+            tls = config.tls if isinstance(config, _ConfigBehindDoor) else None
+            self._make_doorman = (
+                partial(Doorman, door, make_guest)
+                if tls is None
+                else partial(TlsDoorman, door, make_guest, tls)
+            )
+        return self._make_doorman()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
@@ -167,6 +174,17 @@ def _give_memory_back() -> None:
     """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
+
+
+class _ConfigBehindDoor(uvicorn.Config):
+    """A configuration whose TLS is not uvicorn's to begin, but the TlsDoorman's."""
+
+    tls: ssl.SSLContext | None = None
+
+    def load(self) -> None:
+        """Load all of it, the certificate and its key too."""
+        super().load()
+        self.tls, self.ssl = self.ssl, None
 
 
 class _Application:
@@ -307,8 +325,9 @@ def make_server(serving: Serving, options: ServeOptions, *, announce: Callable[[
     def make_protocol(**arguments: Any) -> asyncio.Protocol:
         return server.make_protocol(**arguments)
 
+    config: uvicorn.Config
     if uvicorn.__version__.startswith(f"{TESTED_UVICORN}."):
-        config = uvicorn.Config(serving.app, http=make_protocol, ws=WebSocketProtocol, **common)  # type: ignore[arg-type]  # a factory is all that uvicorn needs
+        config = _ConfigBehindDoor(serving.app, http=make_protocol, ws=WebSocketProtocol, **common)  # type: ignore[arg-type]  # a factory is all that uvicorn needs
     else:
         structlog.get_logger("notifyd.server").warning(
             "this uvicorn is not tested with notifyd's own protocols: serving through ASGI, slower",

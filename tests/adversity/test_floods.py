@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import pytest_asyncio
@@ -212,6 +213,28 @@ async def test_pings_by_a_client_that_does_not_read(
             assert await client.reader.readexactly(len(pong) * 1000) == pong * 1000
         await sending
         await client.pings()
+
+
+async def test_large_messages_by_a_client_that_does_not_read(server: Spawned) -> None:
+    """A read has too few of them for its turn to end: that the socket is full keeps from more."""
+    ids = [str(uuid4()) for _ in range(100)]
+    ack = json.dumps({"type": "Ack", "payload": {"notification_ids": ids}})
+    count = 3000
+    async with server.websocket("deaf", receive_buffer=8192) as client:
+        transport = client.writer.transport
+        async with beside(server, f"{count} acks without reading"):
+            client.reader._transport.pause_reading()  # type: ignore[attr-defined]
+            sending = asyncio.create_task(client.send(text(ack.ljust(8000)) * count))
+            taken = -1
+            # Until the server takes no more of it.
+            while (left := transport.get_write_buffer_size()) != taken:
+                taken = left
+                await asyncio.sleep(0.3)
+            assert left > 0, "the server read everything"
+        client.reader._transport.resume_reading()  # type: ignore[attr-defined]
+        for _ in range(count):
+            assert (await client.message())["type"] == "acked"
+        await sending
 
 
 async def test_a_flood_of_pings_between_fragments_delays_nobody(server: Spawned) -> None:

@@ -23,7 +23,7 @@ from tests.adversity.raw import (
     handshake,
     text,
 )
-from tests.front_door import token
+from tests.front_door import ORIGIN, token
 
 PING_MESSAGE = b'{"type":"Ping"}'
 MAX = 65_536
@@ -271,6 +271,20 @@ async def test_handshakes_that_are_none(sockets: Hosted, headers: list[str]) -> 
         answer = await client.response()
         assert (answer.status, answer.code) == (400, "BAD_REQUEST")
         assert await client.rest() == b""
+
+
+async def test_what_a_page_asks_wrongly_is_told_where_it_can_be_read(server: Hosted) -> None:
+    """A browser's WebSocket reads no status."""
+    wrong = f"/ws?token={token()}&acks=2"
+    async with server.connected() as client:
+        await client.send(handshake(wrong, f"Origin: {ORIGIN}"))
+        assert (await client.response()).status == 101
+        told = await client.message("error")
+        assert (told["code"], told["message"]) == ("BAD_REQUEST", "acks is 0 or 1.")
+        assert await client.close_code() == 1002
+    async with server.connected() as client:
+        await client.send(handshake(wrong))
+        assert (await client.response()).status == 400
 
 
 async def test_an_upgrade_elsewhere_or_by_post_or_pipelined(sockets: Hosted) -> None:

@@ -14,6 +14,7 @@ from notifyd.identifiers import new_uuid
 from notifyd.ratelimit.redis import PATIENCE_SECONDS
 from notifyd.resilience import BreakerState
 from tests.adversity.hosting import Hosted
+from tests.adversity.raw import connected, request
 from tests.adversity.spawning import spawned
 from tests.conftest import StartServer
 from tests.front_door import ADMIN_KEY, PUBLISH_KEY, Host, StillClock, until, user
@@ -172,3 +173,23 @@ async def test_callers_from_everywhere_take_no_more_than_their_place(
     host.clock.advance(1)
     await host.notifyd._backends.sweep()
     assert max(len(limit) for limit in limits) == 0
+
+
+async def test_a_stranger_whose_body_is_not_waited_for_counts_too(
+    start_on: StartServer, redis_url: str
+) -> None:
+    host = await start_on(
+        clock=StillClock(),
+        **shared(
+            redis_url,
+            ratelimit={"http_requests_per_second": 1, "http_burst": 2},
+            redis={"key_prefix": f"test-{new_uuid()}"},
+        ),
+    )
+    head = request("POST", PUBLISH, "X-API-Key: a-stranger", "Content-Length: 900")
+    async with connected(host.port) as client:
+        await client.send(head)
+        answer = await client.response()
+        assert (answer.status, answer.header("connection")) == (401, "close")
+        assert answer.header("x-ratelimit-remaining") == "1"
+        assert await client.rest() == b""

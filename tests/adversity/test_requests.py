@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from uuid import uuid4
 
 import pytest
 
 from tests.adversity.hosting import Hosted
-from tests.adversity.raw import RawClient, request
+from tests.adversity.raw import RawClient, handshake, request
 from tests.adversity.test_bodies import API, GOOD, SEND
 from tests.front_door import ORIGIN, READ_KEY, token
 
@@ -125,6 +126,13 @@ MALFORMED = [
     ),
     pytest.param(b"POST /x HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", id="unknown coding"),
     pytest.param(
+        b"POST /x HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        id="unknown coding before chunked",
+    ),
+    pytest.param(b"CONNECT /x HTTP/1.1\r\nHost: t\r\n\r\n", id="CONNECT to a path"),
+    pytest.param(b"CONNECT /health HTTP/1.1\r\nHost: t\r\n\r\n", id="CONNECT to another"),
+    pytest.param(b"GET /health HTTP/1.1\r\nHost: t\r\nHost: t\r\n\r\n", id="two Hosts"),
+    pytest.param(
         b"POST /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n"
         b"0\r\n\r\n",
         id="chunked twice",
@@ -139,8 +147,30 @@ async def test_what_is_no_valid_request_is_a_400_and_the_end(
     sockets: Hosted, data: bytes, path: bytes
 ) -> None:
     async with sockets.connected() as client:
+        if b"Host" not in data:
+            data = data.replace(b" HTTP/1.1\r\n", b" HTTP/1.1\r\nHost: t\r\n")
         await client.send(data.replace(b"/x ", path + b" "))
         await refused(client, 400, "BAD_REQUEST")
+
+
+@pytest.mark.parametrize("target", ["/health", SEND, f"{SEND}?x=1", "/sse", "/ws"])
+async def test_without_a_host_it_is_no_request_of_1_1(sockets: Hosted, target: str) -> None:
+    whole = sockets.request("POST" if SEND in target else "GET", target, body=GOOD)
+    if target == "/sse":
+        whole = request("GET", f"/sse?token={token('u1')}")
+    if target == "/ws":
+        whole = handshake(f"/ws?token={token('u1')}")
+    async with sockets.connected() as client:
+        await client.send(whole.replace(b"Host: test\r\n", b""))
+        await refused(client, 400, "BAD_REQUEST")
+
+
+async def test_where_a_websocket_is_it_is_said_so(server: Hosted) -> None:
+    answer = await server.call("GET", "/ws")
+    assert (answer.status, answer.header("upgrade")) == (426, "websocket")
+    if server.lane == "sockets":
+        assert "WebSocket" in answer.json["error"]["message"]
+    assert (await server.call("POST", "/ws", b"")).status == 405
 
 
 async def test_a_length_that_is_huge_but_a_number_is_a_413(server: Hosted) -> None:
@@ -309,6 +339,51 @@ async def test_a_strangers_large_body_is_refused_before_it_comes(
         assert answer.status == status
         assert answer.header("x-request-id")
         assert await client.rest() == b""
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        (SEND, "X-API-Key: a-stranger"),
+        (f"{SEND}?x=1", "X-API-Key: a-stranger"),
+        (SEND, f"X-API-Key: {READ_KEY}"),
+        ("/api/v1/acks", "Authorization: Bearer a-stranger"),
+        ("/api/v1/acks", "X-Nothing: at all"),
+    ],
+)
+async def test_a_strangers_small_body_is_not_taken_in(server: Hosted, path: str, key: str) -> None:
+    async with server.connected() as client:
+        await client.send(request("POST", path, key, "Content-Length: 900"), b"{")
+        answer = await client.response()
+        assert answer.status == (403 if READ_KEY in key else 401)
+        assert answer.header("connection") == "close"
+        assert answer.header("x-request-id")
+        assert await client.rest() == b""
+
+
+async def test_in_the_fast_lane_it_is_not_even_waited_for(sockets: Hosted) -> None:
+    async with sockets.connected() as client:
+        await client.send(request("POST", SEND, "X-API-Key: a-stranger", "Content-Length: 900"))
+        await refused(client, 401, "UNAUTHORIZED")
+
+
+async def test_who_may_call_sends_his_body_when_he_likes(server: Hosted) -> None:
+    ack = json.dumps({"notification_id": str(uuid4())}).encode()
+    bearer = f"Authorization: Bearer {token('u1')}"
+    async with server.connected() as client:
+        for path, body, headers in (
+            (SEND, GOOD, ()),
+            (f"{SEND}?x=1", GOOD, ()),
+            ("/api/v1/acks", ack, (bearer,)),
+        ):
+            length = f"Content-Length: {len(body)}"
+            await client.send(server.request("POST", path, length, *headers))
+            # In a read of its own at the server.
+            await server.serves()
+            await client.send(body[:1])
+            await server.serves()
+            await client.send(body[1:])
+            assert (await client.response()).status == 200
 
 
 async def test_a_request_in_single_bytes(server: Hosted) -> None:
@@ -508,7 +583,7 @@ async def test_what_is_asked_of_sse_but_get(server: Hosted) -> None:
 @pytest.mark.parametrize(
     "target",
     ["//", "/%2e%2e/etc/passwd", "/api/v1/notifications/send/", "/API/V1/notifications/send",
-     "/ws", "/?x", "/%", "/api//v1", "/demo/../health", "/\xff"],
+     "/ws/", "/?x", "/%", "/api//v1", "/demo/../health", "/\xff"],
 )  # fmt: skip
 async def test_odd_targets(server: Hosted, target: str) -> None:
     async with server.connected() as client:

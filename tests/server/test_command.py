@@ -122,6 +122,39 @@ async def test_a_newcomers_first_minutes(tmp_path: Path) -> None:
         assert token.strip() not in "".join(seen) + out.decode() + err.decode()
 
 
+async def test_the_commands_that_development_prints_are_there_to_be_run(tmp_path: Path) -> None:
+    """By a shell that finds nothing in its PATH, as where no environment is activated."""
+    import_it = str(Path(__file__).parents[2])
+    environ = {"PATH": str(tmp_path), "PYTHONPATH": import_it}
+    async with running_process(tmp_path, "serve", "--port", "0", **environ) as server:
+        printed = await line_with(server.stdout, lambda line: "Listen " in line, [])
+        command = printed.removeprefix("  Listen   ").strip()
+        assert "__main__.py" not in command
+        listening = await asyncio.create_subprocess_exec(
+            "/bin/sh",
+            "-c",
+            f"exec {command}",
+            cwd=tmp_path,
+            env={**os.environ, **environ},
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            await line_with(listening.stderr, lambda line: "connected as alice" in line, [])
+        finally:
+            listening.kill()
+            await listening.communicate()
+
+
+async def test_listening_with_a_token_that_does_not_hold_says_so_once(tmp_path: Path) -> None:
+    other = {"NOTIFYD_AUTH__JWT_SECRET": "another secret of more than thirty-two bytes"}
+    async with running_process(tmp_path, "serve", "--port", "0") as server:
+        line = await line_with(server.stdout, lambda line: "/demo" in line, [])
+        url = line.split()[-1].removesuffix("/demo")
+        code, _, err = await run(tmp_path, "listen", "--user", "ada", "--url", url, **other)
+    assert code == 1
+    assert "disconnected (401 UNAUTHORIZED: " in err
+
+
 async def test_serving_in_production(tmp_path: Path) -> None:
     """Settings by file and environment; the log is JSON; SIGINT stops as SIGTERM does."""
     (tmp_path / "notifyd.toml").write_text(

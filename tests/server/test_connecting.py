@@ -197,6 +197,19 @@ async def test_a_token_that_does_not_hold_is_refused(host: Host) -> None:
         await check_refused(host, make(), "TOKEN_EXPIRED" if bad == "expired" else "UNAUTHORIZED")
 
 
+async def test_a_token_that_was_good_before_is_refused_once_it_expired(host: Host) -> None:
+    """It is known by then, and its signature not looked at again."""
+    jwt = token("ada", expires_in=600)
+    bearer = {"Authorization": f"Bearer {jwt}"}
+    ack = {"notification_id": "6f1de0fd-0000-4000-8000-000000000001"}
+    await host.websocket(jwt=jwt)
+    assert (await host.post("/api/v1/acks", ack, key=None, headers=bearer)).status_code == 200
+    host.clock.advance(600 + 31)
+    await check_refused(host, jwt, "TOKEN_EXPIRED")
+    response = await host.post("/api/v1/acks", ack, key=None, headers=bearer)
+    assert (response.status_code, response.json()["error"]["code"]) == (401, "TOKEN_EXPIRED")
+
+
 async def check_refused(host: Host, jwt: str, error_code: str) -> None:
     """Refused on both transports, in every way that its client can read."""
     status, headers, body = await status_of_websocket(host, jwt=jwt)

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from typing import Any
 
 import pytest
 
+from notifyd.server.serve import listen
 from tests.conftest import StartServer
 from tests.front_door import WAIT, Host, RawWebSocket, Transport, channel, token, until, user
 
 LARGE = "x" * 60_000
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has none")
+async def test_the_kernel_gives_up_a_peer_that_acknowledges_nothing(
+    start_on: StartServer, transport: Transport
+) -> None:
+    """RFC 5482: of a stream's client that is gone, nothing else tells."""
+    listener = listen("127.0.0.1", 0, 77.5)
+    with listener:
+        assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 77_500
+    host = await start_on("sockets", websocket={"idle_timeout": 90})
+    await host.listen(transport, "ada")
+    (connection,) = host.notifyd._registry
+    sink: Any = connection.outbox.sink
+    accepted = sink._transport.get_extra_info("socket")
+    assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 90_000
 
 
 async def test_a_websocket_gets_heartbeats(start: StartServer) -> None:

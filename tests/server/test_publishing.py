@@ -295,10 +295,24 @@ async def test_the_senders_own_connection_is_left_out(host: Host, transport: Tra
     assert (await host.publish({"type": "broadcast"}, exclude_connection=exclude))[
         "delivered_to"
     ] == 1
-    only = await host.publish(user("ada"), exclude_connection=exclude)
+    only = await host.publish(user("ada"), exclude_connection=exclude.upper())
     assert (only["outcome"], only["queued"]) == ("filtered", 0)
     await host.publish(user("ada"), payload="this one")
     assert (await own.expect("notification"))["payload"] == "this one"
+
+
+async def test_a_connection_that_can_be_none_is_not_left_out_in_silence(host: Host) -> None:
+    item = {"target": user("ada"), "event_type": "a", "payload": 1, "exclude_connection": "mine"}
+    field = "exclude_connection"
+    response = await host.post(BASE, item)
+    assert response.status_code == 422
+    assert response.json()["error"]["details"] == {"field": field, "constraint": "a UUID"}
+    good = {**item, field: str(uuid.uuid4())}
+    for options in ({}, {"deduplicate": True}):
+        batch = {"notifications": [good, {**item, "event_type": "b"}], "options": options}
+        results = (await call(host, "/batch", batch))["results"]
+        assert [each["success"] for each in results] == [True, False]
+        assert field in results[1]["error"]
 
 
 # --- what is refused ---
@@ -400,6 +414,49 @@ async def test_a_batch(host: Host) -> None:
     }
     got = [message["id"] for message in await ada.notifications(5)]
     assert got == [answer["results"][n]["notification_id"] for n in (0, 1, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("options", [{}, {"deduplicate": True}, {"stop_on_error": True}])
+async def test_half_a_surrogate_pair_is_an_error_of_its_item_alone(
+    host: Host, options: dict[str, bool]
+) -> None:
+    ada = await host.websocket("ada")
+    payloads = [
+        "1.50",
+        r'"\\ud800 \ud83d\ude00"',
+        r'"\ud83d"',
+        "12345678901234567890.10",
+        r'{"\udE00":1}',
+    ]
+    items = [
+        f'{{"target":{{"type":"user","value":"ada"}},"event_type":"e{n}","payload":{payload}}}'
+        for n, payload in enumerate(payloads)
+    ]
+    items.append(items[0].replace("{", '{"id":"6f1de0fd-0000-4000-8000-000000000001",', 1))
+    body = f'{{"options":{json.dumps(options)},"notifications":[{",".join(items)}]}}'
+    response = await host.request("POST", f"{BASE}/batch", content=body.encode())
+    assert response.status_code == 200, response.text
+    results = response.json()["results"]
+    assert "half of a surrogate pair" in results[2]["error"]
+    sent = [0, 1] if "stop_on_error" in options else [0, 1, 3, 5]
+    if "deduplicate" in options:
+        assert results[5]["skipped"]
+        sent = [0, 1, 3]
+    delivered = [each for each in results if each["delivered_to"]]
+    assert [each["index"] for each in delivered] == sent
+    for each in delivered:
+        notification = await ada.expect("notification")
+        assert notification["id"] == each["notification_id"]
+        told = {0: 1.5, 1: "\\ud800 \U0001f600", 3: 12345678901234567890.1, 5: 1.5}
+        assert notification["payload"] == told[each["index"]]
+    await ada.nothing_came()
+
+
+async def test_half_a_surrogate_pair_outside_of_items_refuses_the_batch(host: Host) -> None:
+    body = '{"idempotency_key":"\\ud800","notifications":[7]}'
+    response = await host.request("POST", f"{BASE}/batch", content=body.encode())
+    assert response.status_code == 422
+    assert "half of a surrogate pair" in response.json()["error"]["message"]
 
 
 async def test_a_batch_that_stops_at_the_first_error(host: Host) -> None:

@@ -164,7 +164,6 @@ async def test_a_stranger_s_large_body_counts_in_both_lanes(start_on: StartServe
     for path, left in ((PUBLISH, 1), (f"{PUBLISH}?x=1", 0)):
         response = await host.post(path, body, key="a-key-that-is-not-known")
         assert (response.status_code, told(response)[1]) == (401, left)
-        assert response.headers["Connection"] == "close"
     for path in (PUBLISH, f"{PUBLISH}?x=1"):
         assert refused(await host.post(path, body, key="a-key-that-is-not-known")) == 1
     assert (await host.post(PUBLISH, body)).status_code == 200

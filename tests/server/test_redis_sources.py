@@ -271,6 +271,7 @@ JUNK: list[Any] = [
     {"event": {**EVENT, "ttl": "1"}},
     {"event": {**EVENT, "id": "no uuid"}},
     {"event": {**EVENT, "idempotency_key": ""}},
+    {"event": {**EVENT, "exclude_connection": "no uuid"}},
     {"event": {**EVENT, "audience": {"type": "Nobody"}}},
     b'{"event":{"event_type":"e","payload":' + b"[" * 65 + b"]" * 65 + b"}}",
     b'{"event":{"event_type":"e","payload":"\\ud800"}}',

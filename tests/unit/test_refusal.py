@@ -36,7 +36,7 @@ class TestByCloseCode:
             (Unavailable("x"), 1011),
             (ShuttingDown("x"), 1001),
             (Forbidden("x"), None),
-            (BadRequest("x"), None),
+            (BadRequest("x"), 1002),
         ],
     )
     def test_tells_a_browser_of_an_allowed_page(

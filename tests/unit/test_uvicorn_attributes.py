@@ -62,6 +62,7 @@ def _objects() -> dict[str, object]:
     return {
         "HttpToolsProtocol": protocol,
         "RequestResponseCycle": cycle,
+        "Config": config,
         "FlowControl": FlowControl(_Transport()),
         "ServerState": state,
         "Server": Server(config),
