@@ -129,7 +129,7 @@ class StoreWrites:
         answers: list[Eventually[Sequence[Rejection | None]]] = []
         for notification in notifications:
             try:
-                answers.append(logs.enqueue(tenant, (user_id,), notification))
+                answers.append(logs.enqueue(tenant, (user_id,), notification, owed=True))
             except Unavailable:
                 self._failures += 1
                 break

@@ -51,11 +51,18 @@ class UserLogs(Protocol):
     """The logs of all users, each addressed by tenant and user id."""
 
     def enqueue(
-        self, tenant: str, recipients: Sequence[str], notification: Notification
+        self,
+        tenant: str,
+        recipients: Sequence[str],
+        notification: Notification,
+        *,
+        owed: bool = False,
     ) -> Eventually[Sequence[Rejection | None]]:
         """Store one notification for each recipient; None says stored, else why not.
 
         A full log gives up its lowest priority first, of that the oldest; the new one counts too.
+        `owed`: its sender was told that the recipient gets it; so where it is refused, it is the
+        recipient who is told, as part of the overflow.
         """
 
     def read(

@@ -146,6 +146,7 @@ class _Enqueue(_Call, eq=False):
     notification: Notification
     body: bytes
     expires_at: float
+    owed: bool
 
     @property
     def weight(self) -> int:
@@ -306,7 +307,12 @@ class PostgresUserLogs:
     # --- calls ---
 
     def enqueue(
-        self, tenant: str, recipients: Sequence[str], notification: Notification
+        self,
+        tenant: str,
+        recipients: Sequence[str],
+        notification: Notification,
+        *,
+        owed: bool = False,
     ) -> Awaitable[Sequence[Rejection | None]]:
         """See `UserLogs.enqueue`. A notification that is pending already is not stored twice.
 
@@ -319,13 +325,13 @@ class PostgresUserLogs:
             expires_at = min(expires_at, notification.expires_at)
         most = max(1, min(ROWS_PER_BATCH, BYTES_PER_BATCH // len(body)))
         if len(recipients) <= most:
-            call = _Enqueue(tenant, recipients, notification, body, expires_at)
+            call = _Enqueue(tenant, recipients, notification, body, expires_at, owed)
             self._writes.add(call)
             return call.future
         calls = []
         for start in range(0, len(recipients), most):
             some = recipients[start : start + most]
-            call = _Enqueue(tenant, some, notification, body, expires_at)
+            call = _Enqueue(tenant, some, notification, body, expires_at, owed)
             calls.append(call)
             try:
                 self._writes.add(call)
@@ -518,6 +524,8 @@ class PostgresUserLogs:
                 kept[item] = None
             else:
                 answers[item.call][item.place] = "queue_full"
+                if call.owed:
+                    log.given_up.append(item.offset)
         await self._update_full_logs(connection, full, room)
         return list(kept), dead
 

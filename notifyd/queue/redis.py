@@ -181,7 +181,12 @@ class RedisUserLogs:
         self._set_aside = _script("set_aside", "log")
 
     def enqueue(
-        self, tenant: str, recipients: Sequence[str], notification: Notification
+        self,
+        tenant: str,
+        recipients: Sequence[str],
+        notification: Notification,
+        *,
+        owed: bool = False,
     ) -> Awaitable[Sequence[Rejection | None]]:
         """See `UserLogs.enqueue`. A notification that is pending already is not stored twice.
 
@@ -194,6 +199,7 @@ class RedisUserLogs:
             notification.id,
             notification.priority.rank,
             b"%08d" % entry_bytes(notification) + encode_entry(notification),
+            1 if owed else "",
         )
         if len(recipients) == 1:
             name = member(tenant, recipients[0])

@@ -36,6 +36,7 @@ LOG_STEPS = st.one_of(
         st.integers(0, 15),
         st.sampled_from(Priority),
         st.none() | st.integers(1, 30),
+        st.booleans(),
     ),
     st.tuples(
         st.just("enqueue"),
@@ -43,6 +44,7 @@ LOG_STEPS = st.one_of(
         st.integers(16, 1000),
         st.sampled_from(Priority),
         st.none(),
+        st.booleans(),
     ),
     st.tuples(st.just("settle"), st.sampled_from(USERS), st.lists(st.integers(0, 17))),
     st.tuples(st.just("read"), st.sampled_from(USERS), st.integers(300, 3000)),
@@ -77,11 +79,11 @@ A_FEW = settings(
 async def do_to_logs(logs: UserLogs, clock: Clock, step: Any) -> object:
     """What a step answers, but for what may differ: offsets."""
     match step:
-        case ("enqueue", users, number, priority, ttl):
+        case ("enqueue", users, number, priority, ttl, owed):
             notification = a_notification(
                 id=ID.format(number), priority=priority, ttl=ttl, now=clock.now
             )
-            return list(await settled(logs.enqueue("acme", users, notification)))
+            return list(await settled(logs.enqueue("acme", users, notification, owed=owed)))
         case ("settle", user, numbers):
             ids = [ID.format(number) for number in numbers]
             await settled(logs.expire())  # what is dead may have made room already, or not
@@ -166,10 +168,10 @@ async def emptied(backend: Backend) -> Backend:
 
 
 DEAD_AND_SENT_ANEW = [
-    ("enqueue", ["ann"], 0, Priority.LOW, None),
-    ("enqueue", ["ann"], 1, Priority.LOW, None),
+    ("enqueue", ["ann"], 0, Priority.LOW, None, False),
+    ("enqueue", ["ann"], 1, Priority.LOW, None, False),
     ("wait", 25),
-    ("enqueue", ["ann"], 0, Priority.LOW, None),
+    ("enqueue", ["ann"], 0, Priority.LOW, None, False),
 ]
 
 

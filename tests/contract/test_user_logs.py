@@ -296,6 +296,38 @@ class TestOverflow:
         assert await ids(logs) == [high.id]
         assert await overflow(logs) is None
 
+    async def test_the_new_one_is_told_where_it_was_owed(self, backend: Backend) -> None:
+        logs = await backend.logs(max_size_per_user=2)
+        high = [a_notification(priority=Priority.HIGH) for _ in range(2)]
+        for each in high:
+            await enqueue(logs, each)
+        offsets = [entry.offset for entry in await entries(logs)]
+        calls = [
+            logs.enqueue("acme", ["ann", "bob"], a_notification(priority=Priority.LOW), owed=True)
+            for _ in range(2)
+        ]
+        assert await all_settled(calls) == [["queue_full", None]] * 2
+        assert await enqueue(logs, a_notification(priority=Priority.LOW)) == ["queue_full"]
+        page = await settled(logs.read("acme", "ann"))
+        assert [entry.notification.id for entry in page.entries] == [each.id for each in high]
+        assert page.overflow is not None
+        assert page.overflow.count == 2
+        assert offsets[-1] < page.overflow.first < page.overflow.last
+        assert await overflow(logs, "bob") is None
+        # He who sent it counts it, and not the log, which never had it.
+        assert backend.told.dropped == 0
+        last = page.overflow.last
+        await settled(logs.settle("acme", "ann", [each.id for each in high]))
+        (later,) = await fill(logs, 1)
+        assert [each.offset > last for each in await entries(logs)] == [True]
+        assert await ids(logs) == [later.id]
+
+    async def test_what_was_owed_and_pending_already_is_not_refused(self, backend: Backend) -> None:
+        logs = await backend.logs(max_size_per_user=1)
+        (stored,) = await fill(logs, 1)
+        assert list(await settled(logs.enqueue("acme", ["ann"], stored, owed=True))) == [None]
+        assert await overflow(logs) is None
+
     async def test_of_equals_the_oldest_goes(self, backend: Backend) -> None:
         logs = await backend.logs(max_size_per_user=2)
         stored = await fill(logs, 3)
@@ -380,6 +412,13 @@ class TestOverflow:
         assert await settled(logs.depth()) == 3
         await settled(logs.erase("acme", "ann"))
         await fill(logs, 2, "cleo")
+        assert await settled(logs.depth()) == 3
+        # Who has none is told what he was owed.
+        owed = logs.enqueue("acme", ["dora"], a_notification(), owed=True)
+        assert list(await settled(owed)) == ["queue_full"]
+        told = await overflow(logs, "dora")
+        assert told is not None
+        assert told.count == 1
         assert await settled(logs.depth()) == 3
 
     async def test_what_is_dead_makes_room_before_what_is_alive(

@@ -47,8 +47,8 @@ class LateLogs:
         while self._waiting:
             await self.answer(self._waiting[0][0])
 
-    def enqueue(self, *args: Any) -> Eventually[Sequence[Rejection | None]]:
-        return self._later("enqueue", lambda: self._logs.enqueue(*args))
+    def enqueue(self, *args: Any, **options: Any) -> Eventually[Sequence[Rejection | None]]:
+        return self._later("enqueue", lambda: self._logs.enqueue(*args, **options))
 
     def read(self, *args: Any, **options: Any) -> Eventually[Page]:
         page = self._logs.read(*args, **options)

@@ -35,7 +35,12 @@ class Logs:
         self.asked: list[asyncio.Future[Any]] = []
 
     def enqueue(
-        self, tenant: str, recipients: Sequence[str], notification: Notification
+        self,
+        tenant: str,
+        recipients: Sequence[str],
+        notification: Notification,
+        *,
+        owed: bool = False,
     ) -> Eventually[Sequence[Rejection | None]]:
         def store() -> Sequence[Rejection | None]:
             if self.full:
