@@ -238,8 +238,17 @@ class StoreWrites:
         """Whether something of this user waits for a store that is away."""
         return (tenant, user_id) in self._homeless
 
+    def homeless(self, tenant: str, user_id: str) -> list[Notification]:
+        """What waits for a store that is away, in order."""
+        waiting = self._homeless.get((tenant, user_id), {})
+        return [each for each in waiting.values() if not self._is_over(each)]
+
+    def taken(self, tenant: str, user_id: str, id: str) -> None:
+        """Whoever takes one of these has to hold it; it waits here no more."""
+        self._forget_homeless((tenant, user_id), id)
+
     def take_homeless(self, tenant: str, user_id: str) -> list[Notification]:
-        """What waits for a store that is away: whoever takes it has to hold it."""
+        """Take all of them, to store or to hold; what is over is lost."""
         waiting = self._homeless.pop((tenant, user_id), {})
         self._waiting -= len(waiting)
         taken = []

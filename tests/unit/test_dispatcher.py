@@ -11,7 +11,6 @@ from notifyd.errors import Unavailable, ValidationError
 from notifyd.eventually import settled
 from notifyd.notification import (
     Audience,
-    Notification,
     Outcome,
     Priority,
     Receipt,

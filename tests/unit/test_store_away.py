@@ -427,6 +427,21 @@ class TestReplaying:
         assert client.read_notifications() == ids[len(got) :]
         assert client.held() == ids
 
+    @FAILING
+    async def test_what_waits_for_the_store_comes_in_pages(self, how: str) -> None:
+        world = Away(page_bytes=1024, loop=asyncio.get_running_loop())
+        client = await world.online()
+        sent = [(await world.sent("u1")).notification_id for _ in range(12)]
+        world.store.state = how
+        client.lose()
+        await world.tasks_done()
+        again = world.connect()
+        await world.tasks_done()
+        await again.connection.outbox.drained()
+        assert max(map(len, again.sink.writes)) < 2048
+        assert again.sink.notifications() == again.held() == sent
+        assert not world.writes.has_homeless("default", "u1")
+
     async def test_who_left_is_forgotten(self) -> None:
         world = Away()
         world.store.state = "down"
