@@ -387,11 +387,12 @@ class Replayer:
         return cursor, len(notifications)
 
     def _tell_overflow(self, connection: Connection, overflow: Overflow) -> None:
-        """Say what a full log gave up; the log tells it until something is settled, and each
-        connection is told once."""
+        """Say what a full log gave up; the log tells it until a connection that was told confirms
+        something behind it, and each is told once."""
         if connection.state is not State.OPEN or self._told.get(connection) == overflow:
             return
         self._told[connection] = overflow
+        connection.was_told_gap()
         stream = f"user:{connection.identity.user_id}"
         connection.reply(wire.gap_message(stream, "queue_overflow", overflow.first, overflow.last))
 

@@ -283,10 +283,10 @@ class StoreWrites:
 
     # --- what is settled in a log ---
 
-    def settle(self, tenant: str, user_id: str, ids: Sequence[str]) -> None:
+    def settle(self, tenant: str, user_id: str, ids: Sequence[str], *, heard: bool = False) -> None:
         """Settle what was confirmed without an ack."""
         try:
-            answer = self.settle_acked(tenant, user_id, ids)
+            answer = self.settle_acked(tenant, user_id, ids, heard=heard)
         except Unavailable:
             self._keep_unsettled((tenant, user_id), ids)
             return
@@ -294,12 +294,12 @@ class StoreWrites:
             self._watch(self._settle_later((tenant, user_id), ids, answer))
 
     def settle_acked(
-        self, tenant: str, user_id: str, ids: Sequence[str]
+        self, tenant: str, user_id: str, ids: Sequence[str], *, heard: bool = False
     ) -> Eventually[frozenset[str]]:
         """Settle for one who waits for it; those that were pending. Raises Unavailable."""
         if self._logs is None:
             return frozenset()
-        answer = self._logs.settle(tenant, user_id, ids)
+        answer = self._logs.settle(tenant, user_id, ids, heard=heard)
         if not is_awaitable(answer):
             return answer
         pending = asyncio.ensure_future(answer)

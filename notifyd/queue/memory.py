@@ -191,14 +191,16 @@ class MemoryUserLogs:
         self._forget_if_empty(tenant, user_id, log)
         return Page(page, None, overflow)
 
-    def settle(self, tenant: str, user_id: str, ids: Sequence[str]) -> frozenset[str]:
+    def settle(
+        self, tenant: str, user_id: str, ids: Sequence[str], *, heard: bool = False
+    ) -> frozenset[str]:
         """See `UserLogs.settle`."""
         log = self._logs.get((tenant, user_id))
         if log is None:
             return frozenset()
         found = frozenset(id for id in ids if log.entries.pop(id, None) is not None)
         self._depth -= len(found)
-        if found and log.told:
+        if found and heard and log.told:
             log.overflow = None
         self._forget_if_empty(tenant, user_id, log)
         return found

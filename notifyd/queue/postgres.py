@@ -156,6 +156,7 @@ class _Enqueue(_Call, eq=False):
 class _Settle(_Call, eq=False):
     key: UserKey
     ids: Sequence[str]
+    heard: bool
 
     @property
     def weight(self) -> int:
@@ -347,9 +348,11 @@ class PostgresUserLogs:
         self._reads.add(call)
         return call.future
 
-    def settle(self, tenant: str, user_id: str, ids: Sequence[str]) -> Awaitable[frozenset[str]]:
+    def settle(
+        self, tenant: str, user_id: str, ids: Sequence[str], *, heard: bool = False
+    ) -> Awaitable[frozenset[str]]:
         """See `UserLogs.settle`. Raises Unavailable; cancelling the answer takes nothing back."""
-        call = _Settle((tenant, user_id), [id for id in ids if is_canonical_uuid(id)])
+        call = _Settle((tenant, user_id), [id for id in ids if is_canonical_uuid(id)], heard)
         if call.ids:
             self._writes.add(call)
         else:
@@ -606,8 +609,9 @@ class PostgresUserLogs:
             wanted = {(logs[call.key], id) for call in calls if call.key in logs for id in call.ids}
             if not wanted:
                 return logs, set()
+            heard = {logs[call.key] for call in calls if call.heard and call.key in logs}
             rows = await connection.fetch(
-                QUERIES["settle"], *_columns(wanted, 2), self._shards.next()
+                QUERIES["settle"], *_columns(wanted, 2), self._shards.next(), list(heard)
             )
             return logs, {(log_id, str(id)) for log_id, id in rows}
 

@@ -46,7 +46,9 @@ LOG_STEPS = st.one_of(
         st.none(),
         st.booleans(),
     ),
-    st.tuples(st.just("settle"), st.sampled_from(USERS), st.lists(st.integers(0, 17))),
+    st.tuples(
+        st.just("settle"), st.sampled_from(USERS), st.lists(st.integers(0, 17)), st.booleans()
+    ),
     st.tuples(st.just("read"), st.sampled_from(USERS), st.integers(300, 3000)),
     st.tuples(st.just("erase"), st.sampled_from(USERS)),
     st.tuples(st.just("wait"), st.integers(1, 20)),
@@ -84,10 +86,10 @@ async def do_to_logs(logs: UserLogs, clock: Clock, step: Any) -> object:
                 id=ID.format(number), priority=priority, ttl=ttl, now=clock.now
             )
             return list(await settled(logs.enqueue("acme", users, notification, owed=owed)))
-        case ("settle", user, numbers):
+        case ("settle", user, numbers, heard):
             ids = [ID.format(number) for number in numbers]
             await settled(logs.expire())  # what is dead may have made room already, or not
-            return await settled(logs.settle("acme", user, ids))
+            return await settled(logs.settle("acme", user, ids, heard=heard))
         case ("read", user, max_bytes):
             return await read_all(logs, user, max_bytes)
         case ("erase", user):

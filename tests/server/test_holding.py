@@ -416,7 +416,7 @@ async def test_what_comes_back_to_a_full_queue_and_is_refused_is_told(
     assert [each["outcome"] for each in (high, low)] == ["delivered"] * 2
     await becomes(lambda: queued(host), 1)
     unlucky.vanish()
-    await becomes(lambda: host.metric("queue_dropped_total"), 1)
+    await becomes(lambda: host.metric("queue_dropped_total"), 1.0)
     listener = await host.listen(transport, "ada")
     gap = await listener.expect("gap")
     assert gap.pop("from") == gap.pop("to") >= 2

@@ -54,8 +54,8 @@ class LateLogs:
         page = self._logs.read(*args, **options)
         return self._later("read", lambda: page)
 
-    def settle(self, *args: Any) -> Eventually[frozenset[str]]:
-        return self._later("settle", lambda: self._logs.settle(*args))
+    def settle(self, *args: Any, **options: Any) -> Eventually[frozenset[str]]:
+        return self._later("settle", lambda: self._logs.settle(*args, **options))
 
 
 async def turns() -> None:

@@ -128,14 +128,15 @@ class UserLogsMachine(RuleBasedStateMachine):
         else:
             self.overflows.pop(user, None)
 
-    @rule(user=USERS, numbers=st.lists(NUMBERS, max_size=4))
-    def settle(self, user: str, numbers: list[int]) -> None:
-        settled = self.logs.settle("acme", user, [f"n{number}" for number in numbers])
+    @rule(user=USERS, numbers=st.lists(NUMBERS, max_size=4), heard=st.booleans())
+    def settle(self, user: str, numbers: list[int], heard: bool) -> None:
+        ids = [f"n{number}" for number in numbers]
+        settled = self.logs.settle("acme", user, ids, heard=heard)
         kept = self.lists[user]
         gone = {each.number for each in kept} & set(numbers)
         assert settled == {f"n{number}" for number in gone}
         kept[:] = [each for each in kept if each.number not in gone]
-        if gone and self.overflows.get(user, (0, False))[1]:
+        if gone and heard and self.overflows.get(user, (0, False))[1]:
             del self.overflows[user]
 
     @rule(user=USERS)

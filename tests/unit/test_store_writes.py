@@ -52,7 +52,9 @@ class Logs:
 
         return self._answer(store)
 
-    def settle(self, tenant: str, user_id: str, ids: Sequence[str]) -> Eventually[frozenset[str]]:
+    def settle(
+        self, tenant: str, user_id: str, ids: Sequence[str], *, heard: bool = False
+    ) -> Eventually[frozenset[str]]:
         def settle() -> frozenset[str]:
             self.settled.append((tenant, user_id, tuple(ids)))
             return frozenset(ids)
