@@ -44,7 +44,7 @@ from notifyd.connections.replay import Replayer
 from notifyd.dispatch.confirmation import Confirmations
 from notifyd.dispatch.dispatcher import Dispatcher
 from notifyd.dispatch.redis_sources import RedisSources
-from notifyd.dispatch.store_writes import StoreWrites
+from notifyd.dispatch.store_writes import MAX_ON_THEIR_WAY, StoreWrites
 from notifyd.errors import ConfigurationError, Unauthorized, Unavailable
 from notifyd.eventually import Eventually, settled
 from notifyd.forwarded import TrustedProxies
@@ -154,7 +154,8 @@ class Notifyd(PublishingCalls):
         self._writes = StoreWrites(
             self._logs,
             self._ledger,
-            max_waiting=settings.ack.max_pending,
+            # What waits only for its turn counts as well, and is not to be lost by a small bound.
+            max_waiting=max(settings.ack.max_pending, MAX_ON_THEIR_WAY),
             clock=clock,
             spawn=self._tasks.spawn,
             on_lost=self._lost,

@@ -151,6 +151,8 @@ class Connection:
     the latest ids of what came here, is not confirmed, and is held by the user's log alone, with
     the Unix seconds of their delivery. `left_out` has the latest ids that `exclude_connection` kept
     from this one, whatever becomes of them.
+    `before_gap` has the ids of what it was sent, and had not confirmed, when it was last told what
+    a full queue gave up; None where it was not.
     `replays` counts the replays that took more than one turn of the event loop, from their
     beginning. `ack_credit` counts what was held and is settled, and may be acked all the same;
     `budget` is what the client may still say, once that was asked. `unanswered` counts the ids of
@@ -163,6 +165,7 @@ class Connection:
         "address",
         "asked",
         "beat",
+        "before_gap",
         "budget",
         "id",
         "identity",
@@ -207,6 +210,7 @@ class Connection:
         self.unconfirmed: dict[str, Held | HeldTogether] | None = None
         self.asked: tuple[int, tuple[str, ...]] | None = None
         self.beat = 0
+        self.before_gap: frozenset[str] | None = None
         self.ack_credit = 0
         self.budget: MessageBudget | None = None
         self.replays = 0
@@ -254,6 +258,15 @@ class Connection:
         left[notification_id] = since
         if len(left) > MAX_LEFT_TO_LOG:
             del left[next(iter(left))]
+
+    def was_told_gap(self) -> None:
+        """From here on, who confirms what he is sent has heard of the gap as well."""
+        self.before_gap = frozenset((*(self.unconfirmed or ()), *(self.left_to_log or ())))
+
+    def was_sent_behind_gap(self, notification_id: str) -> bool:
+        """Whether one who confirms this has heard what a full queue gave up."""
+        before = self.before_gap
+        return before is not None and notification_id not in before
 
     def leave_out(self, notification_id: str) -> None:
         """Never take this one, also where it comes back from another connection or the log."""

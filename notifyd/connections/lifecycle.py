@@ -687,7 +687,9 @@ class Lifecycle:
             raise InvalidAck("notification_id is not a UUID.")
         connection.acks = True
         identity = connection.identity
-        answer = self._confirmations.acknowledge(identity.tenant, identity.user_id, ids)
+        answer = self._confirmations.acknowledge(
+            identity.tenant, identity.user_id, ids, by=connection
+        )
         if is_awaitable(answer):
             connection.unanswered += len(asked)
             self._spawn(self._answer_ack_later(connection, answer, len(asked), malformed, single))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from notifyd import wire
@@ -20,7 +20,7 @@ from notifyd.dispatch.targets import admits
 from notifyd.eventually import Eventually, is_awaitable, rescue, settled
 from notifyd.metrics import Metrics
 from notifyd.notification import Notification
-from notifyd.queue.base import AckLedger, Overflow, Page, UserLogs, entry_bytes
+from notifyd.queue.base import AckLedger, Overflow, Page, UserLogs
 
 STORE_SECONDS = 1.0
 """A connecting user waits no longer for the store; what is live comes to him without it."""
@@ -121,6 +121,10 @@ class Replayer:
         self._confirmations = confirmations
         self._metrics = metrics
         self._page_bytes = page_bytes
+        # A log reckons 256 bytes for all but the payload; long texts take far more, and too much of
+        # it at once would close the connection, whenever it comes. What is over is read again, so
+        # that a little more is written.
+        self._most_bytes = page_bytes + page_bytes // 2
         self._spawn = spawn
         self._again: dict[Connection, bool] = {}
         self._without_store: dict[Connection, None] = {}
@@ -145,8 +149,7 @@ class Replayer:
                 if self._is_nothing(connection, first):
                     return
                 connection.outbox.hold_back()
-                cursor = first.cursor
-                already = self._send_page(connection, first)
+                cursor, already = self._send_page(connection, first)
                 if cursor is None:
                     others, all_sent = self._send_others(connection)
                     already += others
@@ -340,29 +343,40 @@ class Replayer:
             page = await settled(awaited)
             seconds = loop.time() - began
             # While it is this one's turn, so that few pages are written in one of the loop.
-            sent = self._send_page(connection, page)
+            return self._send_page(connection, page)
         finally:
             self._readers.leave(answered=page is not _UNAVAILABLE, seconds=seconds)
-        return page.cursor, sent
 
-    def _send_page(self, connection: Connection, page: Page) -> int:
+    def _send_page(self, connection: Connection, page: Page) -> tuple[int | None, int]:
+        """Where the next page starts, and how many notifications were sent of this one."""
         if page is _UNAVAILABLE:
             self._do_without_store(connection)
-            return 0
-        if page.cursor is None:
-            self._without_store.pop(connection, None)
+            return None, 0
         if page.overflow is not None:
             self._tell_overflow(connection, page.overflow)
         known = connection.unconfirmed
-        notifications = []
+        cursor = page.cursor
+        notifications: list[Notification] = []
+        written: list[bytes] = []
+        size = 0
+        last = 0
         for entry in page.entries:
             if known is not None and entry.notification.id in known:
                 # Confirmed, it is to be settled in the log as well.
                 connection.held_alone(entry.notification.id).in_log = True
             elif self._wanted(connection, entry.notification):
+                data = self._as_written(connection, entry.notification)
+                size += len(data)
+                if notifications and size > self._most_bytes:
+                    cursor = last
+                    break
                 notifications.append(entry.notification)
-        if not notifications or not self._write(connection, notifications):
-            return 0
+                written.append(data)
+                last = entry.offset
+        if cursor is None:
+            self._without_store.pop(connection, None)
+        if not notifications or not connection.outbox.put_ahead(b"".join(written)):
+            return cursor, 0
         for notification in notifications:
             self._confirmations.hold_stored(notification, connection)
         self._metrics.queue_replayed_total.inc(len(notifications))
@@ -370,50 +384,64 @@ class Replayer:
             identity = connection.identity
             sent = [(notification.id, identity.user_id) for notification in notifications]
             self._writes.note(self._ledger.expect_each, identity.tenant, sent)
-        return len(notifications)
+        return cursor, len(notifications)
 
     def _tell_overflow(self, connection: Connection, overflow: Overflow) -> None:
-        """Say what a full log gave up; the log tells it until something is settled, and each
-        connection is told once."""
+        """Say what a full log gave up; the log tells it until a connection that was told confirms
+        something behind it, and each is told once."""
         if connection.state is not State.OPEN or self._told.get(connection) == overflow:
             return
         self._told[connection] = overflow
+        connection.was_told_gap()
         stream = f"user:{connection.identity.user_id}"
         connection.reply(wire.gap_message(stream, "queue_overflow", overflow.first, overflow.last))
 
     def _send_others(self, connection: Connection) -> tuple[int, bool]:
         """Up to a page of what the user's other connections hold, so that a half-open one withholds
         nothing, and of what waits for a store that is away; how many, and whether that was all."""
-        homeless = self._send_homeless(connection)
+        homeless, all_sent = self._send_homeless(connection)
         page: list[Held] = []
+        written: list[bytes] = []
         size = 0
-        all_sent = True
         for held in self._confirmations.held_by_others(connection):
             if not self._wanted(connection, held.notification):
                 continue
-            size += entry_bytes(held.notification)
+            data = self._as_written(connection, held.notification)
+            size += len(data)
             if page and size > self._page_bytes:
                 all_sent = False
                 break
             page.append(held)
-        if not page or not self._write(connection, [held.notification for held in page]):
-            return homeless, True
+            written.append(data)
+        if not page or not connection.outbox.put_ahead(b"".join(written)):
+            return homeless, all_sent
         for held in page:
             self._confirmations.share(held, connection)
         return homeless + len(page), all_sent
 
-    def _send_homeless(self, connection: Connection) -> int:
+    def _send_homeless(self, connection: Connection) -> tuple[int, bool]:
+        """Up to a page of it; how many, and whether that was all."""
         identity = connection.identity
-        waiting = self._writes.take_homeless(identity.tenant, identity.user_id)
-        wanted = [each for each in waiting if self._wanted(connection, each)]
-        if not wanted or not self._write(connection, wanted):
-            self._writes.give_back(identity.tenant, identity.user_id, waiting)
-            return 0
-        for notification in wanted:
+        page: list[Notification] = []
+        written: list[bytes] = []
+        size = 0
+        all_sent = True
+        for notification in self._writes.homeless(identity.tenant, identity.user_id):
+            if not self._wanted(connection, notification):
+                continue
+            data = self._as_written(connection, notification)
+            size += len(data)
+            if page and size > self._page_bytes:
+                all_sent = False
+                break
+            page.append(notification)
+            written.append(data)
+        if not page or not connection.outbox.put_ahead(b"".join(written)):
+            return 0, True
+        for notification in page:
+            self._writes.taken(identity.tenant, identity.user_id, notification.id)
             self._confirmations.hold_homeless(notification, connection)
-        left = [each for each in waiting if each not in wanted]
-        self._writes.give_back(identity.tenant, identity.user_id, left)
-        return len(wanted)
+        return len(page), all_sent
 
     def _wanted(self, connection: Connection, notification: Notification) -> bool:
         """Not what it has already, nor what its audience or its sender keeps from it."""
@@ -437,14 +465,11 @@ class Replayer:
             return False
         return admits(notification.audience, connection)
 
-    def _write(self, connection: Connection, notifications: Sequence[Notification]) -> bool:
-        """A page is one write: it counts once against the outbox's bound in messages."""
-        messages = [wire.notification_message(each, replayed=True) for each in notifications]
-        if connection.transport == "websocket":
-            data = b"".join([message.websocket for message in messages])
-        else:
-            data = b"".join([message.sse for message in messages])
-        return connection.outbox.put_ahead(data)
+    @staticmethod
+    def _as_written(connection: Connection, notification: Notification) -> bytes:
+        """A page of these is one write: it counts once against the outbox's bound in messages."""
+        message = wire.notification_message(notification, replayed=True)
+        return message.websocket if connection.transport == "websocket" else message.sse
 
     def _finish(self, connection: Connection, replayed: int) -> None:
         self._tell_caught_up(connection, replayed)

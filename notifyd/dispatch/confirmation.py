@@ -412,9 +412,11 @@ class Confirmations:
 
     # --- confirming ---
 
-    def acknowledge(self, tenant: str, user_id: str, ids: Sequence[str]) -> Eventually[AckAnswer]:
-        """The user's own acks. Answered after the store settled them; a second ack is acked
-        again.
+    def acknowledge(
+        self, tenant: str, user_id: str, ids: Sequence[str], *, by: Connection | None = None
+    ) -> Eventually[AckAnswer]:
+        """The user's own acks, over the connection `by` where it is known. Answered after the store
+        settled them; a second ack is acked again.
         """
         connections = self._registry.tenant(tenant).of_user(user_id)
         had = {
@@ -429,7 +431,7 @@ class Confirmations:
         self._note_settled(connections, in_log)
         settled: Eventually[frozenset[str]] = frozenset()
         if in_log:
-            settled = self._settle_acked(tenant, user_id, {id: had[id] for id in in_log})
+            settled = self._settle_acked(tenant, user_id, {id: had[id] for id in in_log}, by)
 
         def answer(found: frozenset[str]) -> AckAnswer:
             acked = [id for id in held if id in found]
@@ -464,7 +466,11 @@ class Confirmations:
         return chain(then(settled, after_settling), answer)
 
     def _settle_acked(
-        self, tenant: str, user_id: str, had: Mapping[str, Sequence[Connection]]
+        self,
+        tenant: str,
+        user_id: str,
+        had: Mapping[str, Sequence[Connection]],
+        by: Connection | None,
     ) -> Eventually[frozenset[str]]:
         """Settle these ids in the log; `had`: which connections held each until now.
 
@@ -485,8 +491,9 @@ class Confirmations:
                 note_failure()
                 raise
 
+        heard = any(_heard_gap(id, connections, by) for id, connections in had.items())
         try:
-            answer = self._writes.settle_acked(tenant, user_id, list(had))
+            answer = self._writes.settle_acked(tenant, user_id, list(had), heard=heard)
         except Unavailable:
             note_failure()
             raise
@@ -552,7 +559,8 @@ class Confirmations:
             confirmed += left
         if in_log:
             self._note_settled(connections, in_log)
-            self._writes.settle(identity.tenant, identity.user_id, in_log)
+            heard = any(connection.was_sent_behind_gap(id) for id in in_log)
+            self._writes.settle(identity.tenant, identity.user_id, in_log, heard=heard)
         if confirmed:
             self._confirmed(identity, confirmed, shared)
 
@@ -755,6 +763,13 @@ class Confirmations:
         outlived += [id for id, held in (unconfirmed or {}).items() if held.since <= before]
         if outlived:
             self._confirm(connection, tuple(outlived))
+
+
+def _heard_gap(id: str, had: Sequence[Connection], by: Connection | None) -> bool:
+    """Whether an ack of this says that a gap was heard: of the connections that had it, which one
+    acked may not be known."""
+    asked = [each for each in had if by is None or each is by]
+    return bool(asked) and all(each.was_sent_behind_gap(id) for each in asked)
 
 
 def _without_settled(oldest_first: deque[HeldT], count: int) -> deque[HeldT]:

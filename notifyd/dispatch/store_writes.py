@@ -129,7 +129,7 @@ class StoreWrites:
         answers: list[Eventually[Sequence[Rejection | None]]] = []
         for notification in notifications:
             try:
-                answers.append(logs.enqueue(tenant, (user_id,), notification))
+                answers.append(logs.enqueue(tenant, (user_id,), notification, owed=True))
             except Unavailable:
                 self._failures += 1
                 break
@@ -238,8 +238,17 @@ class StoreWrites:
         """Whether something of this user waits for a store that is away."""
         return (tenant, user_id) in self._homeless
 
+    def homeless(self, tenant: str, user_id: str) -> list[Notification]:
+        """What waits for a store that is away, in order."""
+        waiting = self._homeless.get((tenant, user_id), {})
+        return [each for each in waiting.values() if not self._is_over(each)]
+
+    def taken(self, tenant: str, user_id: str, id: str) -> None:
+        """Whoever takes one of these has to hold it; it waits here no more."""
+        self._forget_homeless((tenant, user_id), id)
+
     def take_homeless(self, tenant: str, user_id: str) -> list[Notification]:
-        """What waits for a store that is away: whoever takes it has to hold it."""
+        """Take all of them, to store or to hold; what is over is lost."""
         waiting = self._homeless.pop((tenant, user_id), {})
         self._waiting -= len(waiting)
         taken = []
@@ -274,10 +283,10 @@ class StoreWrites:
 
     # --- what is settled in a log ---
 
-    def settle(self, tenant: str, user_id: str, ids: Sequence[str]) -> None:
+    def settle(self, tenant: str, user_id: str, ids: Sequence[str], *, heard: bool = False) -> None:
         """Settle what was confirmed without an ack."""
         try:
-            answer = self.settle_acked(tenant, user_id, ids)
+            answer = self.settle_acked(tenant, user_id, ids, heard=heard)
         except Unavailable:
             self._keep_unsettled((tenant, user_id), ids)
             return
@@ -285,12 +294,12 @@ class StoreWrites:
             self._watch(self._settle_later((tenant, user_id), ids, answer))
 
     def settle_acked(
-        self, tenant: str, user_id: str, ids: Sequence[str]
+        self, tenant: str, user_id: str, ids: Sequence[str], *, heard: bool = False
     ) -> Eventually[frozenset[str]]:
         """Settle for one who waits for it; those that were pending. Raises Unavailable."""
         if self._logs is None:
             return frozenset()
-        answer = self._logs.settle(tenant, user_id, ids)
+        answer = self._logs.settle(tenant, user_id, ids, heard=heard)
         if not is_awaitable(answer):
             return answer
         pending = asyncio.ensure_future(answer)

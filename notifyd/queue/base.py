@@ -51,11 +51,18 @@ class UserLogs(Protocol):
     """The logs of all users, each addressed by tenant and user id."""
 
     def enqueue(
-        self, tenant: str, recipients: Sequence[str], notification: Notification
+        self,
+        tenant: str,
+        recipients: Sequence[str],
+        notification: Notification,
+        *,
+        owed: bool = False,
     ) -> Eventually[Sequence[Rejection | None]]:
         """Store one notification for each recipient; None says stored, else why not.
 
         A full log gives up its lowest priority first, of that the oldest; the new one counts too.
+        `owed`: its sender was told that the recipient gets it; so where it is refused, it is the
+        recipient who is told, as part of the overflow.
         """
 
     def read(
@@ -64,12 +71,18 @@ class UserLogs(Protocol):
         """Pending entries with an offset above `after`: at least one, then up to `max_bytes`
         as `entry_bytes` counts them.
 
-        The first page (`after` 0) tells the overflow. It is forgotten when an entry is settled
-        after that, for whoever told it may not have reached anybody; with no entry left, at once.
+        The first page (`after` 0) tells the overflow, again and again until one who was told it
+        settles an entry: it may not have reached the others. With no entry left, it is forgotten at
+        once.
         """
 
-    def settle(self, tenant: str, user_id: str, ids: Sequence[str]) -> Eventually[frozenset[str]]:
-        """Settle notifications by id; those that were pending are returned."""
+    def settle(
+        self, tenant: str, user_id: str, ids: Sequence[str], *, heard: bool = False
+    ) -> Eventually[frozenset[str]]:
+        """Settle notifications by id; those that were pending are returned.
+
+        `heard`: what confirmed them was told the overflow before it was sent one of them.
+        """
 
     def erase(self, tenant: str, user_id: str) -> Eventually[int]:
         """Forget a user's log; returns how many entries were pending."""

@@ -50,6 +50,13 @@ class _Log:
         self.overflow: Overflow | None = None
         self.told = False
 
+    def gave_up(self, offset: int) -> None:
+        before = self.overflow or Overflow(0, offset, offset)
+        self.overflow = Overflow(
+            before.count + 1, min(before.first, offset), max(before.last, offset)
+        )
+        self.told = False
+
 
 class MemoryUserLogs:
     """`UserLogs` in dictionaries. Bounded by `max_size_per_user` and `max_messages`."""
@@ -77,13 +84,23 @@ class MemoryUserLogs:
         self._expired_uncounted = 0
 
     def enqueue(
-        self, tenant: str, recipients: Sequence[str], notification: Notification
+        self,
+        tenant: str,
+        recipients: Sequence[str],
+        notification: Notification,
+        *,
+        owed: bool = False,
     ) -> Sequence[Rejection | None]:
         """See `UserLogs.enqueue`. A notification that is pending already is not stored twice."""
         expires_at = self._clock() + self._message_ttl_seconds
         if notification.expires_at is not None:
             expires_at = min(expires_at, notification.expires_at)
-        return [self._store(tenant, user_id, notification, expires_at) for user_id in recipients]
+        answers = [self._store(tenant, user_id, notification, expires_at) for user_id in recipients]
+        if owed:
+            for user_id, rejection in zip(recipients, answers, strict=True):
+                if rejection is not None:
+                    self._note_refused(tenant, user_id)
+        return answers
 
     def _store(
         self, tenant: str, user_id: str, notification: Notification, expires_at: float
@@ -135,13 +152,19 @@ class MemoryUserLogs:
         )
         del log.entries[victim.notification.id]
         self._depth -= 1
-        before = log.overflow or Overflow(0, victim.offset, victim.offset)
-        log.overflow = Overflow(
-            before.count + 1, min(before.first, victim.offset), max(before.last, victim.offset)
-        )
-        log.told = False
+        log.gave_up(victim.offset)
         self._on_dropped()
         return True
+
+    def _note_refused(self, tenant: str, user_id: str) -> None:
+        log = self._logs.get((tenant, user_id))
+        if log is None:
+            if len(self._logs) >= self._max_messages:
+                return
+            log = self._logs[(tenant, user_id)] = _Log(self._last_offset + 1)
+        log.gave_up(log.next_offset)
+        self._last_offset = max(self._last_offset, log.next_offset)
+        log.next_offset += 1
 
     def read(self, tenant: str, user_id: str, *, after: int = 0, max_bytes: int = 65536) -> Page:
         """See `UserLogs.read`."""
@@ -168,14 +191,16 @@ class MemoryUserLogs:
         self._forget_if_empty(tenant, user_id, log)
         return Page(page, None, overflow)
 
-    def settle(self, tenant: str, user_id: str, ids: Sequence[str]) -> frozenset[str]:
+    def settle(
+        self, tenant: str, user_id: str, ids: Sequence[str], *, heard: bool = False
+    ) -> frozenset[str]:
         """See `UserLogs.settle`."""
         log = self._logs.get((tenant, user_id))
         if log is None:
             return frozenset()
         found = frozenset(id for id in ids if log.entries.pop(id, None) is not None)
         self._depth -= len(found)
-        if found and log.told:
+        if found and heard and log.told:
             log.overflow = None
         self._forget_if_empty(tenant, user_id, log)
         return found

@@ -146,6 +146,7 @@ class _Enqueue(_Call, eq=False):
     notification: Notification
     body: bytes
     expires_at: float
+    owed: bool
 
     @property
     def weight(self) -> int:
@@ -155,6 +156,7 @@ class _Enqueue(_Call, eq=False):
 class _Settle(_Call, eq=False):
     key: UserKey
     ids: Sequence[str]
+    heard: bool
 
     @property
     def weight(self) -> int:
@@ -306,7 +308,12 @@ class PostgresUserLogs:
     # --- calls ---
 
     def enqueue(
-        self, tenant: str, recipients: Sequence[str], notification: Notification
+        self,
+        tenant: str,
+        recipients: Sequence[str],
+        notification: Notification,
+        *,
+        owed: bool = False,
     ) -> Awaitable[Sequence[Rejection | None]]:
         """See `UserLogs.enqueue`. A notification that is pending already is not stored twice.
 
@@ -319,13 +326,13 @@ class PostgresUserLogs:
             expires_at = min(expires_at, notification.expires_at)
         most = max(1, min(ROWS_PER_BATCH, BYTES_PER_BATCH // len(body)))
         if len(recipients) <= most:
-            call = _Enqueue(tenant, recipients, notification, body, expires_at)
+            call = _Enqueue(tenant, recipients, notification, body, expires_at, owed)
             self._writes.add(call)
             return call.future
         calls = []
         for start in range(0, len(recipients), most):
             some = recipients[start : start + most]
-            call = _Enqueue(tenant, some, notification, body, expires_at)
+            call = _Enqueue(tenant, some, notification, body, expires_at, owed)
             calls.append(call)
             try:
                 self._writes.add(call)
@@ -341,9 +348,11 @@ class PostgresUserLogs:
         self._reads.add(call)
         return call.future
 
-    def settle(self, tenant: str, user_id: str, ids: Sequence[str]) -> Awaitable[frozenset[str]]:
+    def settle(
+        self, tenant: str, user_id: str, ids: Sequence[str], *, heard: bool = False
+    ) -> Awaitable[frozenset[str]]:
         """See `UserLogs.settle`. Raises Unavailable; cancelling the answer takes nothing back."""
-        call = _Settle((tenant, user_id), [id for id in ids if is_canonical_uuid(id)])
+        call = _Settle((tenant, user_id), [id for id in ids if is_canonical_uuid(id)], heard)
         if call.ids:
             self._writes.add(call)
         else:
@@ -518,6 +527,8 @@ class PostgresUserLogs:
                 kept[item] = None
             else:
                 answers[item.call][item.place] = "queue_full"
+                if call.owed:
+                    log.given_up.append(item.offset)
         await self._update_full_logs(connection, full, room)
         return list(kept), dead
 
@@ -598,8 +609,9 @@ class PostgresUserLogs:
             wanted = {(logs[call.key], id) for call in calls if call.key in logs for id in call.ids}
             if not wanted:
                 return logs, set()
+            heard = {logs[call.key] for call in calls if call.heard and call.key in logs}
             rows = await connection.fetch(
-                QUERIES["settle"], *_columns(wanted, 2), self._shards.next()
+                QUERIES["settle"], *_columns(wanted, 2), self._shards.next(), list(heard)
             )
             return logs, {(log_id, str(id)) for log_id, id in rows}
 

@@ -181,7 +181,12 @@ class RedisUserLogs:
         self._set_aside = _script("set_aside", "log")
 
     def enqueue(
-        self, tenant: str, recipients: Sequence[str], notification: Notification
+        self,
+        tenant: str,
+        recipients: Sequence[str],
+        notification: Notification,
+        *,
+        owed: bool = False,
     ) -> Awaitable[Sequence[Rejection | None]]:
         """See `UserLogs.enqueue`. A notification that is pending already is not stored twice.
 
@@ -194,6 +199,7 @@ class RedisUserLogs:
             notification.id,
             notification.priority.rank,
             b"%08d" % entry_bytes(notification) + encode_entry(notification),
+            1 if owed else "",
         )
         if len(recipients) == 1:
             name = member(tenant, recipients[0])
@@ -338,7 +344,9 @@ class RedisUserLogs:
             return  # The next read comes across them again.
         future.add_done_callback(_retrieve)
 
-    def settle(self, tenant: str, user_id: str, ids: Sequence[str]) -> Awaitable[frozenset[str]]:
+    def settle(
+        self, tenant: str, user_id: str, ids: Sequence[str], *, heard: bool = False
+    ) -> Awaitable[frozenset[str]]:
         """See `UserLogs.settle`."""
         name = member(tenant, user_id)
         keys = self._keys_of(name)
@@ -346,7 +354,8 @@ class RedisUserLogs:
         def found(answer: list[int]) -> frozenset[str]:
             return frozenset([id for id, pending in zip(ids, answer, strict=True) if pending])
 
-        return self._redis.run(self._settle, keys, (name, self._rest, *ids), found)
+        args = (name, self._rest, 1 if heard else "", *ids)
+        return self._redis.run(self._settle, keys, args, found)
 
     def erase(self, tenant: str, user_id: str) -> Awaitable[int]:
         """See `UserLogs.erase`."""

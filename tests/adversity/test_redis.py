@@ -378,7 +378,7 @@ class TestCorrupt:
                 told = (await logs.read("acme", "ann")).overflow
                 assert told is not None
                 assert told.count == 1
-            await logs.settle("acme", "ann", [notifications[-1].id])
+            await logs.settle("acme", "ann", [notifications[-1].id], heard=True)
             assert (await logs.read("acme", "ann")).overflow is None
 
 

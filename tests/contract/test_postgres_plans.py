@@ -69,7 +69,7 @@ PLANS: dict[str, tuple[list[Any], set[str]]] = {
     "find_least": ([SOME_LOGS, [5] * 100], {"notifyd_entries_to_give_up"}),
     "give_up": ([SOME_LOGS, OFFSETS], {"notifyd_entries_pkey"}),
     "lock_known_logs": ([TENANTS, SOME_USERS], {"notifyd_logs_tenant_user_id_key"}),
-    "settle": ([SOME_LOGS, IDS, 1], {"notifyd_entries_pending", "notifyd_logs_pkey"}),
+    "settle": ([SOME_LOGS, IDS, 1, SOME_LOGS], {"notifyd_entries_pending", "notifyd_logs_pkey"}),
     "erase": ([SOME_LOGS[:2], 1], {"notifyd_entries_", "notifyd_logs_pkey"}),
     "read_pages": (
         [TENANTS, SOME_USERS, [0] * 100, [65536] * 100, NOW],

@@ -36,6 +36,7 @@ LOG_STEPS = st.one_of(
         st.integers(0, 15),
         st.sampled_from(Priority),
         st.none() | st.integers(1, 30),
+        st.booleans(),
     ),
     st.tuples(
         st.just("enqueue"),
@@ -43,8 +44,11 @@ LOG_STEPS = st.one_of(
         st.integers(16, 1000),
         st.sampled_from(Priority),
         st.none(),
+        st.booleans(),
     ),
-    st.tuples(st.just("settle"), st.sampled_from(USERS), st.lists(st.integers(0, 17))),
+    st.tuples(
+        st.just("settle"), st.sampled_from(USERS), st.lists(st.integers(0, 17)), st.booleans()
+    ),
     st.tuples(st.just("read"), st.sampled_from(USERS), st.integers(300, 3000)),
     st.tuples(st.just("erase"), st.sampled_from(USERS)),
     st.tuples(st.just("wait"), st.integers(1, 20)),
@@ -77,15 +81,15 @@ A_FEW = settings(
 async def do_to_logs(logs: UserLogs, clock: Clock, step: Any) -> object:
     """What a step answers, but for what may differ: offsets."""
     match step:
-        case ("enqueue", users, number, priority, ttl):
+        case ("enqueue", users, number, priority, ttl, owed):
             notification = a_notification(
                 id=ID.format(number), priority=priority, ttl=ttl, now=clock.now
             )
-            return list(await settled(logs.enqueue("acme", users, notification)))
-        case ("settle", user, numbers):
+            return list(await settled(logs.enqueue("acme", users, notification, owed=owed)))
+        case ("settle", user, numbers, heard):
             ids = [ID.format(number) for number in numbers]
             await settled(logs.expire())  # what is dead may have made room already, or not
-            return await settled(logs.settle("acme", user, ids))
+            return await settled(logs.settle("acme", user, ids, heard=heard))
         case ("read", user, max_bytes):
             return await read_all(logs, user, max_bytes)
         case ("erase", user):
@@ -166,10 +170,10 @@ async def emptied(backend: Backend) -> Backend:
 
 
 DEAD_AND_SENT_ANEW = [
-    ("enqueue", ["ann"], 0, Priority.LOW, None),
-    ("enqueue", ["ann"], 1, Priority.LOW, None),
+    ("enqueue", ["ann"], 0, Priority.LOW, None, False),
+    ("enqueue", ["ann"], 1, Priority.LOW, None, False),
     ("wait", 25),
-    ("enqueue", ["ann"], 0, Priority.LOW, None),
+    ("enqueue", ["ann"], 0, Priority.LOW, None, False),
 ]
 
 

@@ -296,12 +296,44 @@ class TestOverflow:
         assert await ids(logs) == [high.id]
         assert await overflow(logs) is None
 
+    async def test_the_new_one_is_told_where_it_was_owed(self, backend: Backend) -> None:
+        logs = await backend.logs(max_size_per_user=2)
+        high = [a_notification(priority=Priority.HIGH) for _ in range(2)]
+        for each in high:
+            await enqueue(logs, each)
+        offsets = [entry.offset for entry in await entries(logs)]
+        calls = [
+            logs.enqueue("acme", ["ann", "bob"], a_notification(priority=Priority.LOW), owed=True)
+            for _ in range(2)
+        ]
+        assert await all_settled(calls) == [["queue_full", None]] * 2
+        assert await enqueue(logs, a_notification(priority=Priority.LOW)) == ["queue_full"]
+        page = await settled(logs.read("acme", "ann"))
+        assert [entry.notification.id for entry in page.entries] == [each.id for each in high]
+        assert page.overflow is not None
+        assert page.overflow.count == 2
+        assert offsets[-1] < page.overflow.first < page.overflow.last
+        assert await overflow(logs, "bob") is None
+        # He who sent it counts it, and not the log, which never had it.
+        assert backend.told.dropped == 0
+        last = page.overflow.last
+        await settled(logs.settle("acme", "ann", [each.id for each in high]))
+        (later,) = await fill(logs, 1)
+        assert [each.offset > last for each in await entries(logs)] == [True]
+        assert await ids(logs) == [later.id]
+
+    async def test_what_was_owed_and_pending_already_is_not_refused(self, backend: Backend) -> None:
+        logs = await backend.logs(max_size_per_user=1)
+        (stored,) = await fill(logs, 1)
+        assert list(await settled(logs.enqueue("acme", ["ann"], stored, owed=True))) == [None]
+        assert await overflow(logs) is None
+
     async def test_of_equals_the_oldest_goes(self, backend: Backend) -> None:
         logs = await backend.logs(max_size_per_user=2)
         stored = await fill(logs, 3)
         assert await ids(logs) == [each.id for each in stored[1:]]
 
-    async def test_is_told_with_its_count_and_range_until_something_is_settled(
+    async def test_is_told_with_its_count_and_range_until_who_was_told_settles_something(
         self, backend: Backend
     ) -> None:
         logs = await backend.logs(max_size_per_user=3)
@@ -313,27 +345,30 @@ class TestOverflow:
         assert len(page.entries) == 3
         # Whoever read it may have died before he heard of it.
         assert await overflow(logs) == page.overflow
-        await settled(logs.settle("acme", "ann", [new_uuid()]))
+        await settled(logs.settle("acme", "ann", [new_uuid()], heard=True))
         assert await overflow(logs) == page.overflow
-        await settled(logs.settle("acme", "ann", [page.entries[-1].notification.id]))
+        await settled(logs.settle("acme", "ann", [page.entries[0].notification.id]))
+        # Another device confirmed that one.
+        assert await overflow(logs) == page.overflow
+        await settled(logs.settle("acme", "ann", [page.entries[-1].notification.id], heard=True))
         assert await overflow(logs) is None
-        await fill(logs, 2)
+        await fill(logs, 3)
         told = await overflow(logs)
         assert told is not None
-        assert (told.count, told.first) == (1, offsets[2])
+        assert told.count == 1
 
     async def test_settling_forgets_only_what_was_told(self, backend: Backend) -> None:
         logs = await backend.logs(max_size_per_user=2)
         stored = await fill(logs, 3)
-        await settled(logs.settle("acme", "ann", [stored[1].id]))
+        await settled(logs.settle("acme", "ann", [stored[1].id], heard=True))
         first = await overflow(logs)
         assert first is not None
         more = await fill(logs, 2)
-        await settled(logs.settle("acme", "ann", [more[0].id]))
+        await settled(logs.settle("acme", "ann", [more[0].id], heard=True))
         told = await overflow(logs)
         assert told is not None
         assert (told.count, told.first) == (2, first.first)
-        await settled(logs.settle("acme", "ann", [more[1].id]))
+        await settled(logs.settle("acme", "ann", [more[1].id], heard=True))
         assert await overflow(logs) is None
 
     async def test_is_told_by_the_first_page_only(self, backend: Backend) -> None:
@@ -380,6 +415,13 @@ class TestOverflow:
         assert await settled(logs.depth()) == 3
         await settled(logs.erase("acme", "ann"))
         await fill(logs, 2, "cleo")
+        assert await settled(logs.depth()) == 3
+        # Who has none is told what he was owed.
+        owed = logs.enqueue("acme", ["dora"], a_notification(), owed=True)
+        assert list(await settled(owed)) == ["queue_full"]
+        told = await overflow(logs, "dora")
+        assert told is not None
+        assert told.count == 1
         assert await settled(logs.depth()) == 3
 
     async def test_what_is_dead_makes_room_before_what_is_alive(

@@ -406,6 +406,24 @@ async def test_a_full_queue_gives_up_the_lowest_priority_and_tells(
     assert await host.metric("delivery_failures_total", reason="queue_full") == 1
 
 
+async def test_what_comes_back_to_a_full_queue_and_is_refused_is_told(
+    start: StartServer, transport: Transport
+) -> None:
+    host = await start(queue={"max_size_per_user": 1}, ack={"max_pending": 1})
+    unlucky = await host.raw_websocket("ada", query="acks=1")
+    high = await host.publish(user("ada"), priority="High")
+    low = await host.publish(user("ada"), priority="Low")
+    assert [each["outcome"] for each in (high, low)] == ["delivered"] * 2
+    await becomes(lambda: queued(host), 1)
+    unlucky.vanish()
+    await becomes(lambda: host.metric("queue_dropped_total"), 1.0)
+    listener = await host.listen(transport, "ada")
+    gap = await listener.expect("gap")
+    assert gap.pop("from") == gap.pop("to") >= 2
+    assert gap == {"type": "gap", "stream": "user:ada", "reason": "queue_overflow"}
+    await replayed_to(listener, [high["notification_id"]])
+
+
 @MOVABLE_CLOCK
 async def test_what_outlived_its_ttl_is_not_replayed(start: StartServer) -> None:
     host = await start(queue={"cleanup_interval_seconds": 0.05})

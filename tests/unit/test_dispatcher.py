@@ -12,7 +12,6 @@ from notifyd.errors import Unavailable, ValidationError
 from notifyd.eventually import settled
 from notifyd.notification import (
     Audience,
-    Notification,
     Outcome,
     Priority,
     Receipt,
@@ -464,12 +463,10 @@ class SlowStore:
         self.logs = logs
         self.down = down
 
-    async def enqueue(
-        self, tenant: str, recipients: Sequence[str], notification: Notification
-    ) -> Sequence[Rejection | None]:
+    async def enqueue(self, *args: Any, **options: Any) -> Sequence[Rejection | None]:
         if self.down:
             raise Unavailable("The store is away.", retry_after=1)
-        stored: Sequence[Rejection | None] = self.logs.enqueue(tenant, recipients, notification)
+        stored: Sequence[Rejection | None] = self.logs.enqueue(*args, **options)
         return stored
 
     def __getattr__(self, name: str) -> Any:

@@ -47,15 +47,15 @@ class LateLogs:
         while self._waiting:
             await self.answer(self._waiting[0][0])
 
-    def enqueue(self, *args: Any) -> Eventually[Sequence[Rejection | None]]:
-        return self._later("enqueue", lambda: self._logs.enqueue(*args))
+    def enqueue(self, *args: Any, **options: Any) -> Eventually[Sequence[Rejection | None]]:
+        return self._later("enqueue", lambda: self._logs.enqueue(*args, **options))
 
     def read(self, *args: Any, **options: Any) -> Eventually[Page]:
         page = self._logs.read(*args, **options)
         return self._later("read", lambda: page)
 
-    def settle(self, *args: Any) -> Eventually[frozenset[str]]:
-        return self._later("settle", lambda: self._logs.settle(*args))
+    def settle(self, *args: Any, **options: Any) -> Eventually[frozenset[str]]:
+        return self._later("settle", lambda: self._logs.settle(*args, **options))
 
 
 async def turns() -> None:

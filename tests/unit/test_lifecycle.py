@@ -534,10 +534,10 @@ class TestAcks:
         class Awaited:
             down = False
 
-            async def settle(self, *args: object) -> frozenset[str]:
+            async def settle(self, *args: Any, **options: Any) -> frozenset[str]:
                 if self.down:
                     raise Unavailable("The store is away.")
-                settled: frozenset[str] = logs.settle(*args)
+                settled: frozenset[str] = logs.settle(*args, **options)
                 return settled
 
             def __getattr__(self, name: str) -> object:

@@ -60,17 +60,23 @@ class UserLogsMachine(RuleBasedStateMachine):
     def all_kept(self) -> int:
         return sum(map(len, self.lists.values()))
 
+    def note_overflow(self, user: str) -> None:
+        self.overflows[user] = (self.overflows.get(user, (0, False))[0] + 1, False)
+
     @rule(
         user=USERS,
         number=NUMBERS,
         priority=st.sampled_from(Priority),
         ttl=st.none() | st.integers(1, 80),
+        owed=st.booleans(),
     )
-    def enqueue(self, user: str, number: int, priority: Priority, ttl: int | None) -> None:
+    def enqueue(
+        self, user: str, number: int, priority: Priority, ttl: int | None, owed: bool
+    ) -> None:
         notification = a_notification(
             id=f"n{number}", priority=priority, ttl=ttl, now=self.clock.now
         )
-        (answer,) = self.logs.enqueue("acme", [user], notification)
+        (answer,) = self.logs.enqueue("acme", [user], notification, owed=owed)
         kept = self.lists[user]
         # One that is dead does not stand in the way of the same notification, sent again.
         kept[:] = [each for each in kept if each.number != number or each.until > self.clock.now]
@@ -86,10 +92,12 @@ class UserLogsMachine(RuleBasedStateMachine):
                 )
                 if least is None or priority.rank < least.notification.priority.rank:
                     expected = "queue_full"
+                    if owed:
+                        self.note_overflow(user)
                 else:
                     kept.remove(least)
                     self.gave_up += 1
-                    self.overflows[user] = (self.overflows.get(user, (0, False))[0] + 1, False)
+                    self.note_overflow(user)
             if expected is None:
                 offset = max((each.offset for each in kept), default=0) + 1
                 until = self.clock.now + min(TTL, TTL if ttl is None else ttl)
@@ -120,14 +128,15 @@ class UserLogsMachine(RuleBasedStateMachine):
         else:
             self.overflows.pop(user, None)
 
-    @rule(user=USERS, numbers=st.lists(NUMBERS, max_size=4))
-    def settle(self, user: str, numbers: list[int]) -> None:
-        settled = self.logs.settle("acme", user, [f"n{number}" for number in numbers])
+    @rule(user=USERS, numbers=st.lists(NUMBERS, max_size=4), heard=st.booleans())
+    def settle(self, user: str, numbers: list[int], heard: bool) -> None:
+        ids = [f"n{number}" for number in numbers]
+        settled = self.logs.settle("acme", user, ids, heard=heard)
         kept = self.lists[user]
         gone = {each.number for each in kept} & set(numbers)
         assert settled == {f"n{number}" for number in gone}
         kept[:] = [each for each in kept if each.number not in gone]
-        if gone and self.overflows.get(user, (0, False))[1]:
+        if gone and heard and self.overflows.get(user, (0, False))[1]:
             del self.overflows[user]
 
     @rule(user=USERS)

@@ -43,11 +43,11 @@ SQL = Path(notifyd.queue.postgres.__file__).parent / "sql"
 
 
 def an_enqueue(*users: str, size: int = 100) -> _Enqueue:
-    return _Enqueue("acme", users, a_notification(), b"x" * size, 0.0)
+    return _Enqueue("acme", users, a_notification(), b"x" * size, 0.0, owed=False)
 
 
 def a_settle(user: str) -> _Settle:
-    return _Settle(("acme", user), ["id"])
+    return _Settle(("acme", user), ["id"], heard=False)
 
 
 def an_erase(user: str) -> _Erase:

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from notifyd.connections.connection import MAX_LEFT_OUT, State
+from notifyd.connections.connection import MAX_LEFT_OUT, State, Transport
 from notifyd.connections.outbox import Bounds
 from notifyd.notification import Audience, Notification, Target
 from notifyd.queue.base import Page, entry_bytes
@@ -20,6 +20,13 @@ def queue(world: World, count: int, user_id: str = "u1") -> list[str]:
 def a_world(**options: object) -> World:
     """Pages of two entries, so that most replays take several."""
     return World(page_bytes=2 * entry_bytes(a_notification()), **options)  # type: ignore[arg-type]  # passed on
+
+
+PAGE_BYTES = 4096
+
+
+def long_texts() -> Notification:
+    return a_notification(source="s" * 512, correlation_id="c" * 512)
 
 
 class TestStart:
@@ -67,6 +74,17 @@ class TestStart:
         assert [each["id"] for each in messages if each["type"] == "notification"] == ids
         assert messages[-1] == {"type": "caught_up", "replayed": 7}
         assert world.replayer._again == {}
+
+    @pytest.mark.parametrize("transport", ["websocket", "sse"])
+    async def test_a_page_is_bounded_by_what_is_written(self, transport: Transport) -> None:
+        world = World(page_bytes=PAGE_BYTES, loop=asyncio.get_running_loop())
+        ids = [world.send("u1", long_texts()).notification_id for _ in range(12)]
+        client = world.connect(transport=transport)
+        await asyncio.wait_for(asyncio.gather(*world.tasks), 5)
+        await client.connection.outbox.drained()
+        assert client.sink.notifications() == ids
+        assert max(map(len, client.sink.writes)) < 2 * PAGE_BYTES
+        assert client.sink.messages()[-1]["replayed"] == 12
 
     async def test_what_is_live_meanwhile_comes_behind_it(self) -> None:
         world = a_world()
@@ -159,6 +177,16 @@ class TestStart:
 
 
 class TestWhatOthersHold:
+    async def test_a_page_is_bounded_by_what_is_written(self) -> None:
+        world = World(page_bytes=PAGE_BYTES, loop=asyncio.get_running_loop())
+        world.connect()
+        ids = [world.send("u1", long_texts()).notification_id for _ in range(12)]
+        client = world.connect()
+        await asyncio.wait_for(asyncio.gather(*world.tasks), 5)
+        await client.connection.outbox.drained()
+        assert client.sink.notifications() == ids
+        assert max(map(len, client.sink.writes)) < 2 * PAGE_BYTES
+
     def test_a_half_open_connection_withholds_nothing(self) -> None:
         world = World()
         half_open = world.connect()

@@ -427,6 +427,21 @@ class TestReplaying:
         assert client.read_notifications() == ids[len(got) :]
         assert client.held() == ids
 
+    @FAILING
+    async def test_what_waits_for_the_store_comes_in_pages(self, how: str) -> None:
+        world = Away(page_bytes=1024, loop=asyncio.get_running_loop())
+        client = await world.online()
+        sent = [(await world.sent("u1")).notification_id for _ in range(12)]
+        world.store.state = how
+        client.lose()
+        await world.tasks_done()
+        again = world.connect()
+        await world.tasks_done()
+        await again.connection.outbox.drained()
+        assert max(map(len, again.sink.writes)) < 2048
+        assert again.sink.notifications() == again.held() == sent
+        assert not world.writes.has_homeless("default", "u1")
+
     async def test_who_left_is_forgotten(self) -> None:
         world = Away()
         world.store.state = "down"
@@ -488,6 +503,44 @@ class TestReplaying:
         second.say("Ack", notification_id=second.held()[0])
         second.lose()
         assert await self.gaps(world.connect()) == []
+
+    @pytest.mark.parametrize("acks", [False, True])
+    async def test_what_a_log_gave_up_is_told_until_one_confirms_who_was_told(
+        self, acks: bool
+    ) -> None:
+        world = World(max_size_per_user=2)
+
+        def confirm(client: Connected) -> None:
+            if acks:
+                client.say("Ack", notification_id=client.held()[-1])
+            else:
+                world.confirmations.ask_waiting()
+                client.pong_last()
+
+        ids = [world.send("u1").notification_id for _ in range(2)]
+        before = world.connect(acks=acks)
+        assert await self.gaps(before) == []
+        assert before.held() == ids
+        await settled(world.logs.enqueue("default", ["u1"], a_notification()))
+        half_open = world.connect(acks=acks)
+        assert await self.gaps(half_open) == ["queue_overflow"]
+        # It confirms what the other was told of behind the gap, and has heard of none.
+        confirm(before)
+        behind = world.connect(acks=acks)
+        assert await self.gaps(behind) == ["queue_overflow"]
+        confirm(behind)
+        assert await self.gaps(world.connect(acks=acks)) == []
+
+    async def test_what_was_sent_before_a_gap_confirms_nothing_of_it(self) -> None:
+        world = World(max_size_per_user=2)
+        ids = [world.send("u1").notification_id for _ in range(2)]
+        client = world.connect(acks=True)
+        await settled(world.logs.enqueue("default", ["u1"], a_notification()))
+        world.replayer.again(client.connection)
+        assert await self.gaps(client) == ["queue_overflow"]
+        client.say("Ack", notification_id=ids[1])
+        client.lose()
+        assert await self.gaps(world.connect(acks=True)) == ["queue_overflow"]
 
 
 def held_elsewhere(world: World, client: Connected) -> Notification:

@@ -35,7 +35,12 @@ class Logs:
         self.asked: list[asyncio.Future[Any]] = []
 
     def enqueue(
-        self, tenant: str, recipients: Sequence[str], notification: Notification
+        self,
+        tenant: str,
+        recipients: Sequence[str],
+        notification: Notification,
+        *,
+        owed: bool = False,
     ) -> Eventually[Sequence[Rejection | None]]:
         def store() -> Sequence[Rejection | None]:
             if self.full:
@@ -47,7 +52,9 @@ class Logs:
 
         return self._answer(store)
 
-    def settle(self, tenant: str, user_id: str, ids: Sequence[str]) -> Eventually[frozenset[str]]:
+    def settle(
+        self, tenant: str, user_id: str, ids: Sequence[str], *, heard: bool = False
+    ) -> Eventually[frozenset[str]]:
         def settle() -> frozenset[str]:
             self.settled.append((tenant, user_id, tuple(ids)))
             return frozenset(ids)

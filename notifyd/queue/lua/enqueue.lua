@@ -3,8 +3,8 @@
 --
 -- KEYS: depth, due, then log and order of each recipient of each notification
 -- ARGV: now or '', max_size_per_user, the queue's ttl, grace; then for each notification its own
---       expiry or '', id, rank, entry without its expiry, how many recipients, and each one's name
---       (times in ms)
+--       expiry or '', id, rank, entry without its expiry, 1 if a refusal is to be told to the
+--       recipient, how many recipients, and each one's name (times in ms)
 -- Answer: entries given up, entries that had expired, then for each recipient 0 pending already,
 --         1 stored, 2 full
 
@@ -13,14 +13,18 @@ local now, max_size, ttl = time(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local grace = tonumber(ARGV[4])
 local given_up, expired, stored, renew = 0, 0, 0, false
 -- The notification that is being stored.
-local id, rank, entry, expires
+local id, rank, entry, owed, expires
 
-local function give_up(log, order, victim, offset)
-    remove(log, order, {victim})
+local function note_overflow(log, offset)
     local told = redis.call('HMGET', log, 'c', 'f', 'l')
     local first, last = tonumber(told[2]) or offset, tonumber(told[3]) or offset
     redis.call('HSET', log, 'c', (tonumber(told[1]) or 0) + 1,
         'f', math.min(first, offset), 'l', math.max(last, offset), 'n', 1)
+end
+
+local function give_up(log, order, victim, offset)
+    remove(log, order, {victim})
+    note_overflow(log, offset)
     given_up = given_up + 1
 end
 
@@ -70,6 +74,9 @@ local function store(log, order, member)
         end
         size, first = make_room(log, order, redis.call('ZCARD', order), first)
         if not size then
+            if owed then
+                note_overflow(log, redis.call('HINCRBY', log, 'o', 1))
+            end
             return 2
         end
     end
@@ -108,8 +115,9 @@ while at <= #ARGV do
     end
     id, rank = ARGV[at + 1], tonumber(ARGV[at + 2])
     entry = string.format('%013.0f', expires) .. ARGV[at + 3]
-    local last = at + 4 + tonumber(ARGV[at + 4])
-    for user = at + 5, last do
+    owed = ARGV[at + 4] == '1'
+    local last = at + 5 + tonumber(ARGV[at + 5])
+    for user = at + 6, last do
         answer[#answer + 1] = store(KEYS[key], KEYS[key + 1], ARGV[user])
         key = key + 2
     end

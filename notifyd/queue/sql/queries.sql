@@ -143,7 +143,7 @@ FOR UPDATE OF log
 
 -- name: settle
 -- Takes what was confirmed out of locked logs, once, and off their counts; returns what was there.
--- What a log gave up and told is forgotten, for somebody was reached.
+-- What a log gave up and told is forgotten, where it was told to who confirmed it.
 WITH gone AS (
     DELETE FROM notifyd_entries AS entry
     USING unnest($1::bigint[], $2::uuid[]) AS wanted (log_id, notification_id)
@@ -154,7 +154,10 @@ WITH gone AS (
 ), logs AS (
     UPDATE notifyd_logs AS log SET
         pending = log.pending - counted.count,
-        overflow_count = CASE WHEN log.overflow_told THEN 0 ELSE log.overflow_count END
+        overflow_count = CASE
+            WHEN log.overflow_told AND log.id = ANY ($4::bigint[]) THEN 0
+            ELSE log.overflow_count
+        END
     FROM (SELECT log_id, count(*) AS count FROM gone GROUP BY log_id) AS counted
     WHERE log.id = counted.log_id
 ), total AS (
