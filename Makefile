@@ -41,7 +41,7 @@ run: $(VENV)/.runtime
 	$(BIN)/notifyd serve $(RUN_ARGS)
 
 test: $(VENV)/.development
-	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term --cov-fail-under=95 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term --cov-fail-under=95 $(PYTEST_ARGS)
 
 check: $(VENV)/.development
 	$(BIN)/ruff format --check .

@@ -1,4 +1,5 @@
-"""`python -m bench`: measures, prints the table, and writes bench/results.md after a full run."""
+"""`python -m bench`: measures, prints the table, and of a full run writes bench/results.md, anew
+after each scenario."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import argparse
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [name for name in SCENARIOS if not asked.scenario or name in asked.scenario]
     signal.signal(signal.SIGTERM, _end)
     rows: list[Row] = []
+    took: dict[str, float] = {}
+    full = len(chosen) == len(SCENARIOS) and not asked.quick
     warning = other_work()
     if warning:
         print(f"beware: {warning}")
@@ -54,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with open_bench(choose_cores(), asked.command, quick=asked.quick) as bench:
             for name in chosen:
                 print(f"\n{name}", flush=True)
+                began = time.monotonic()
                 try:
                     for row in SCENARIOS[name](bench):
                         rows.append(row)
@@ -61,6 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 except BenchError as e:
                     rows.append(Row(name, "measured", "failed", False, str(e).splitlines()[0]))
                     print(f"failed: {e}", flush=True)
+                took[name] = time.monotonic() - began
+                print(f"{'':9}took {took[name]:.0f} s", flush=True)
+                if full:
+                    checked = [*rows, bench.checks.row] if bench.checks.runs else rows
+                    missing = chosen[len(took) :]
+                    write_results(RESULTS, checked, versions(), warning, took=took, missing=missing)
             if bench.checks.runs:
                 rows.append(bench.checks.row)
                 print(f"\n{console_line(bench.checks.row)}")
@@ -69,8 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 1
-    if len(chosen) == len(SCENARIOS) and not asked.quick:
-        write_results(RESULTS, rows, versions(), warning)
     return 1 if any(row.met is False for row in rows) else 0
 
 

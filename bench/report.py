@@ -37,9 +37,16 @@ def console_line(row: Row) -> str:
 
 
 def write_results(
-    path: Path, rows: Sequence[Row], versions: Mapping[str, str], warning: str | None
+    path: Path,
+    rows: Sequence[Row],
+    versions: Mapping[str, str],
+    warning: str | None,
+    *,
+    took: Mapping[str, float],
+    missing: Sequence[str],
 ) -> None:
-    """Writes the table as Markdown; nothing in it names the machine."""
+    """Writes the table as Markdown; nothing in it names the machine. `took` are seconds of each
+    scenario, `missing` those that did not run (yet)."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     table = ["| | bar | measured | |", "|---|---|---|---|"]
     details = []
@@ -58,11 +65,14 @@ def write_results(
         "lowest and highest. Absolute figures belong to this machine; compare ratios only.",
         "",
         *([f"Beware: {warning}.", ""] if warning else []),
+        *([f"Incomplete: {', '.join(missing)} did not run.", ""] if missing else []),
         *table,
         "",
         "## The figures behind them",
         "",
         *details,
+        "",
+        "It took " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in took.items()) + ".",
         "",
         "How it is measured stands in the docstrings of `bench/scenarios.py` and at the top of "
         "`bench/load.c`.",

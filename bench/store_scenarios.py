@@ -7,9 +7,9 @@ where the bare Starlette route answers 20,000 requests a second, and measured in
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import http.client
+import itertools
 import json
 import secrets
 import socket
@@ -20,38 +20,30 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
-import msgspec
-
 from bench.errors import BenchError
-from bench.load import FanResult, ProbeResult, Publishing, Subscribers, fan_result
+from bench.load import ProbeResult, Publishing, Subscribers, fan_result
 from bench.report import Row
 from bench.scenarios import PUBLISHERS, Bench, Ratios, Rows, repeat
 from bench.servers import Server
 from bench.subjects import CONTENT
-from notifyd.backends import Backends
-from notifyd.eventually import settled
-from notifyd.identifiers import new_uuid
-from notifyd.metrics import Metrics
-from notifyd.notification import Notification
-from notifyd.options import (
-    AckSettings,
-    PostgresSettings,
-    QueueSettings,
-    RedisSettings,
-    Settings,
-)
 from tests.stores import PostgresServer, RedisServer, StoreServer, serving
 
 Kind = Literal["memory", "redis", "postgres"]
+STORES: tuple[Kind, ...] = ("redis", "postgres")
 NAMES: dict[Kind, str] = {"memory": "memory", "redis": "Redis", "postgres": "PostgreSQL"}
 
 SCALE = 20_000
 """Requests a second of the bare Starlette route on the machine that the bars are for."""
 
 FULL_USERS = 50_000
-FULL_ENTRIES = 1_000_000
+QUICK_USERS = 1_000
+ENTRIES_EACH = 20
+MOST_IN_MEMORY = 4_000_000
+SLOWED = 1.2
+"""As much longer may something take with a full store."""
 QUEUED = 100
 """Notifications that wait for each user who returns."""
 
@@ -68,41 +60,31 @@ class Kept:
     def settings(self, mode: Literal["offline", "always"] = "offline") -> str:
         """As TOML."""
         text = (
-            f'[queue]\nbackend = "{self.kind}"\nmode = "{mode}"\n[ack]\nbackend = "{self.kind}"\n'
+            f'[queue]\nbackend = "{self.kind}"\nmode = "{mode}"\n'
+            f'max_messages = {MOST_IN_MEMORY}\n[ack]\nbackend = "{self.kind}"\n'
         )
         if self.store is not None:
             text += f'[{self.kind}]\nurl = "{self.store.url}"\n'
         return text
 
-    def fill(self) -> None:
-        """A million entries over fifty thousand users."""
-        assert self.store is not None
-        asyncio.run(_fill(self.kind, self.store.url))
 
-
-async def _fill(kind: Kind, url: str) -> None:
-    chosen = Settings(
-        queue=QueueSettings(backend=kind),
-        ack=AckSettings(enabled=False),
-        redis=RedisSettings(url=url, command_timeout_seconds=60),
-        postgres=PostgresSettings(url=url, command_timeout_seconds=60),
-    )
-    backends = Backends(chosen, Metrics(), clock=time.time, on_acknowledged=lambda _: None)
-    await backends.start()
-    logs = backends.logs
-    assert logs is not None
-    payload = msgspec.Raw(json.dumps(CONTENT["payload"]).encode())
+def _fill(bench: Bench, server: Server) -> str:
+    """What `batches_to_absent` and `to_absent` publish to gets twenty entries each, through the
+    front door; how many that are in all, as a row says it."""
+    users = QUICK_USERS if bench.quick else FULL_USERS
     at_once = 500
-    try:
-        for _ in range(FULL_ENTRIES // FULL_USERS):
-            for first in range(0, FULL_USERS, at_once):
-                users = [f"full-{number:05d}" for number in range(first, first + at_once)]
-                notification = Notification(new_uuid(), time.time(), "order.created", payload)
-                rejections = await settled(logs.enqueue("default", users, notification))
-                if any(rejections):
-                    raise BenchError("a log was full that should not be")
-    finally:
-        await backends.aclose()
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    headers = {"X-API-Key": bench.notifyd.key, "Content-Type": "application/json"}
+    for _ in range(ENTRIES_EACH):
+        for first in range(0, users, at_once):
+            absent = [f"absent-{i // 100:05d}-{i % 100:02d}" for i in range(first, first + at_once)]
+            body = json.dumps({"target_user_ids": absent, **CONTENT})
+            connection.request("POST", "/api/v1/notifications/send-to-users", body, headers)
+            answer = json.loads(connection.getresponse().read())
+            if answer.get("queued") != at_once:
+                raise BenchError(f"not everything was queued: {str(answer)[:500]}")
+    connection.close()
+    return f"{users * ENTRIES_EACH:,}"
 
 
 @contextmanager
@@ -200,8 +182,7 @@ BARS: dict[Kind, tuple[float | None, float]] = {
 
 def enqueue(bench: Bench) -> Rows:
     """Notifications for users who are away, through the front door, 32 requests in flight: by
-    single sends and by batches of a hundred; with Redis and PostgreSQL again when the store holds a
-    million entries of fifty thousand users already."""
+    single sends and by batches of a hundred."""
     bare = bare_requests(bench)
     for kind, (single, batched) in BARS.items():
         with _keeping(bench, kind) as kept:
@@ -209,19 +190,6 @@ def enqueue(bench: Bench) -> Rows:
             for way, pace in paces.items():
                 title = f"enqueued in {NAMES[kind]} by {way}, on one core of the server"
                 yield pace.row(title, bare)
-            if kept.store is None or bench.quick:
-                continue
-            kept.fill()
-            again = _paces(bench, kept, single, batched)
-            for way, pace in again.items():
-                yield _slowed(
-                    f"the same in {NAMES[kind]} by {way}, with a million entries there already",
-                    statistics.median(paces[way].values) / statistics.median(pace.values),
-                )
-
-
-def _slowed(title: str, factor: float) -> Row:
-    return Row(title, "≤ 1.2", f"{factor:.2f}", factor <= 1.2, "times as long as without them")
 
 
 # ------------------------------------------------------------------ what modes and holding cost
@@ -231,9 +199,15 @@ def _cost(
     bench: Bench, settings: str, publishing: Publishing, count: int, command: Sequence[str] | None
 ) -> float:
     """The server's CPU time for one delivery, in µs."""
-    subscribers = bench.notifyd.subscribers("ws", count, channel=False)
     with bench.notifyd.server(settings, command=command) as server:
-        return bench.checked_fan(server, subscribers, publishing)[1]
+        return _cost_at(bench, server, publishing, count)
+
+
+def _cost_at(
+    bench: Bench, server: Server, publishing: Publishing, count: int, name: str = "user"
+) -> float:
+    subscribers = bench.notifyd.subscribers("ws", count, channel=False, name=name)
+    return bench.checked_fan(server, subscribers, publishing)[1]
 
 
 def _costs(
@@ -346,8 +320,8 @@ def _returns(bench: Bench, kept: Kept, name: str) -> list[float]:
 
 def returning(bench: Bench) -> Rows:
     """Users who return one after the other to a hundred queued notifications each, in Redis: from
-    connecting to `caught_up`; and again when it holds a million entries. Then 1,000 users with a
-    hundred each return at once, while another connection sends a Ping 200 times a second."""
+    connecting to `caught_up`. Then 1,000 users with a hundred each return at once, while another
+    connection sends a Ping 200 times a second."""
     with _keeping(bench, "redis") as kept:
         times = _returns(bench, kept, "returning")
         p99 = _p99(times)
@@ -359,30 +333,45 @@ def returning(bench: Bench) -> Rows:
             f"from connecting to caught_up; median {statistics.median(times):.2f} ms, most "
             f"{max(times):.2f} ms",
         )
-        yield from _storm(bench, kept)
-        if bench.quick:
-            return
-        kept.fill()
-        again = _returns(bench, kept, "again")
-        yield _slowed(
-            "the same replay, with a million entries there already",
-            statistics.median(again) / statistics.median(times),
-        )
+        storm = _storm(bench, kept, "user")
+    yield Row(
+        f"{storm.count:,} users with 100 queued each return at once (Redis): all caught up",
+        "≤ 5 s",
+        f"{storm.seconds:.2f} s",
+        storm.seconds <= 5,
+    )
+    pings = storm.pings
+    yield Row(
+        "round trip of a `Ping` meanwhile, p99",
+        "≤ 50 ms",
+        f"{pings.p99_ms:.1f} ms",
+        pings.p99_ms <= 50 and pings.pongs == pings.pings,
+        f"most {pings.max_ms:.1f} ms, {pings.pongs} of {pings.pings} answered",
+    )
 
 
 def _p99(values: Sequence[float]) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * 0.99))]
 
 
-def _storm(bench: Bench, kept: Kept) -> Rows:
+@dataclass(frozen=True, slots=True)
+class Storm:
+    """How long it took until so many who returned at once had everything, and Pings meanwhile."""
+
+    count: int
+    seconds: float
+    pings: ProbeResult
+
+
+def _storm(bench: Bench, kept: Kept, name: str) -> Storm:
     count = 100 if bench.quick else 1_000
-    subscribers = bench.notifyd.subscribers("ws", count, channel=False)
+    subscribers = bench.notifyd.subscribers("ws", count, channel=False, name=name)
     everybody = Subscribers(
         "ws", subscribers.paths, ready='"caught_up"', parallel=len(subscribers.paths)
     )
     found: list[ProbeResult] = []
     with bench.notifyd.server(kept.settings()) as server, ExitStack() as stack:
-        _queue_for(bench, server, [f"user-{number:05d}" for number in range(count)])
+        _queue_for(bench, server, [f"{name}-{number:05d}" for number in range(count)])
 
         def probe() -> None:
             path = bench.notifyd.probe_path()
@@ -396,20 +385,7 @@ def _storm(bench: Bench, kept: Kept) -> Rows:
     if not found:
         raise BenchError("the probe failed")
     (pings,) = found
-    seconds = storm.connected.connect_s
-    yield Row(
-        f"{count:,} users with 100 queued each return at once (Redis): all caught up",
-        "≤ 5 s",
-        f"{seconds:.2f} s",
-        seconds <= 5,
-    )
-    yield Row(
-        "round trip of a `Ping` meanwhile, p99",
-        "≤ 50 ms",
-        f"{pings.p99_ms:.1f} ms",
-        pings.p99_ms <= 50 and pings.pongs == pings.pings,
-        f"most {pings.max_ms:.1f} ms, {pings.pongs} of {pings.pings} answered",
-    )
+    return Storm(count, storm.connected.connect_s, pings)
 
 
 # ------------------------------------------------------------------ a store that is down
@@ -417,38 +393,208 @@ def _storm(bench: Bench, kept: Kept) -> Rows:
 
 def outage(bench: Bench) -> Rows:
     """99 % of the notifications to a hundred connected users take so long at most, at 1,000 single
-    sends a second, with everything in Redis: Redis stopped (SIGSTOP) as they begin, against Redis
-    well."""
-    subscribers = bench.notifyd.subscribers("ws", 100, channel=False)
-    sends = bench.notifyd.single_sends(publishers=PUBLISHERS, rate=1_000)
-    ratio = Ratios(2, False)
-    down: list[FanResult] = []
-    well: list[FanResult] = []
+    sends a second, with everything in Redis, and in PostgreSQL: the store stopped (SIGSTOP) as they
+    begin, against the store well."""
+    for kind in STORES:
+        yield _outage(bench, kind)
 
-    def run(kept: Kept, *, stopped: bool) -> FanResult:
-        assert kept.store is not None
-        with (
-            bench.notifyd.server(kept.settings()) as server,
-            bench.load.fan(server.port, subscribers, sends, seconds=bench.seconds) as session,
-        ):
-            if stopped:
-                kept.store.stop()
-            try:
-                return bench.checks.add(fan_result(session))
-            finally:
-                kept.store.cont()
+
+def _outage(bench: Bench, kind: Kind) -> Row:
+    def p99(*, stopped: bool) -> float:
+        with _keeping(bench, kind) as kept:
+            return _p99_of_sends(bench, kept, stopped=stopped)
+
+    ratio = Ratios(2, False)
+    down, well = _costs(bench, ratio, lambda: p99(stopped=True), lambda: p99(stopped=False))
+    return ratio.row(
+        f"p99 of online publishing with the store down, against what it was ({NAMES[kind]})",
+        f"{statistics.median(down):.2f} ms against {statistics.median(well):.2f} ms",
+    )
+
+
+def _p99_of_sends(bench: Bench, kept: Kept, *, stopped: bool, name: str = "user") -> float:
+    assert kept.store is not None
+    subscribers = bench.notifyd.subscribers("ws", 100, channel=False, name=name)
+    sends = bench.notifyd.single_sends(publishers=PUBLISHERS, rate=1_000, name=name)
+    with (
+        bench.notifyd.server(kept.settings()) as server,
+        bench.load.fan(server.port, subscribers, sends, seconds=bench.seconds) as session,
+    ):
+        if stopped:
+            kept.store.stop()
+        try:
+            return bench.checks.add(fan_result(session)).p99_ms
+        finally:
+            kept.store.cont()
+
+
+# ------------------------------------------------------------------ a store that is full
+
+
+@dataclass(slots=True)
+class _Slowed:
+    """What a full store slows: measured in turn with a fresh one, by users who are new to both."""
+
+    bench: Bench
+    kind: Kind
+    entries: str
+    _runs: Iterator[int] = field(default_factory=itertools.count)
+
+    def name(self) -> str:
+        """Users whom nothing waits for, as long as `user`."""
+        return f"u{next(self._runs):03d}"
+
+    def row(
+        self, title: str, unit: str, full: Callable[[], float], empty: Callable[[], float]
+    ) -> Row:
+        """How much longer it takes with the full one."""
+        ratio = Ratios(SLOWED, False)
+        with_them, without = _costs(self.bench, ratio, full, empty)
+        return self.of(ratio, title, unit, with_them, without)
+
+    def of(
+        self,
+        ratio: Ratios,
+        title: str,
+        unit: str,
+        with_them: Sequence[float],
+        without: Sequence[float],
+    ) -> Row:
+        """The row of ratios that were measured."""
+        return ratio.row(
+            f"{title} ({NAMES[self.kind]}), with {self.entries} entries there already, against "
+            "without",
+            f"{statistics.median(with_them):.2f} {unit} against "
+            f"{statistics.median(without):.2f} {unit}",
+        )
+
+
+def full(bench: Bench) -> Rows:
+    """The rows above with a log of a million entries over fifty thousand users, each in turn with
+    the same in a fresh store: each store is filled once, by way of the front door."""
+    yield from _full_memory(bench)
+    for kind in STORES:
+        with _keeping(bench, kind) as kept:
+            with bench.notifyd.server(kept.settings()) as server:
+                slowed = _Slowed(bench, kind, _fill(bench, server))
+            yield from _full_store(slowed, kept)
+
+
+def _enqueue_cost(bench: Bench, server: Server, *, batched: bool) -> float:
+    """The server's CPU time to enqueue one, in µs."""
+    subject, pace = bench.notifyd, Pace(0)
+    users = QUICK_USERS if bench.quick else FULL_USERS
+    if batched:
+        many = subject.batches_to_absent(users // 100, publishers=PUBLISHERS)
+        _enqueue(bench, server, many, 100, pace)
+    else:
+        one = subject.to_absent(users, publishers=PUBLISHERS)
+        _enqueue(bench, server, one, 1, pace)
+    return 1e6 / pace.values[-1]
+
+
+def _full_memory(bench: Bench) -> Rows:
+    settings = Kept("memory", None).settings()
+    with bench.notifyd.server(settings) as there:
+        slowed = _Slowed(bench, "memory", _fill(bench, there))
+
+        def fan(server: Server) -> float:
+            name = slowed.name()
+            return _cost_at(bench, server, bench.notifyd.to_users(1_000, name=name), 1_000, name)
+
+        def enqueue_batches(server: Server) -> float:
+            return _enqueue_cost(bench, server, batched=True)
+
+        def fresh(measure: Callable[[Server], float]) -> float:
+            with bench.notifyd.server(settings) as server:
+                return measure(server)
+
+        yield slowed.row(
+            "fan-out to 1,000 users with holding until confirmed, server CPU",
+            "µs",
+            lambda: fan(there),
+            lambda: fresh(fan),
+        )
+        yield slowed.row(
+            "enqueued by batches, server CPU",
+            "µs",
+            lambda: enqueue_batches(there),
+            lambda: fresh(enqueue_batches),
+        )
+
+
+def _full_store(slowed: _Slowed, there: Kept) -> Rows:
+    bench, kind = slowed.bench, slowed.kind
+
+    def fresh(measure: Callable[[Kept], float]) -> float:
+        with _keeping(bench, kind) as kept:
+            return measure(kept)
+
+    def against(title: str, unit: str, measure: Callable[[Kept], float]) -> Row:
+        return slowed.row(title, unit, lambda: measure(there), lambda: fresh(measure))
+
+    def enqueued(kept: Kept, *, batched: bool) -> float:
+        with bench.notifyd.server(kept.settings()) as server:
+            return _enqueue_cost(bench, server, batched=batched)
+
+    def always_cost(kept: Kept) -> float:
+        name = slowed.name()
+        sends = bench.notifyd.single_sends(publishers=PUBLISHERS, name=name)
+        with bench.notifyd.server(kept.settings("always")) as server:
+            return _cost_at(bench, server, sends, 100, name)
+
+    for way in ("batches", "single sends"):
+        yield against(
+            f"enqueued by {way}, server CPU",
+            "µs",
+            partial(enqueued, batched=way == "batches"),
+        )
+    yield against(
+        "p99 of online publishing with the store down",
+        "ms",
+        lambda kept: _p99_of_sends(bench, kept, stopped=True, name=slowed.name()),
+    )
+    if kind != "redis":
+        return  # the rows that are left are about Redis alone
+    yield against("mode `always` to connected users, server CPU", "µs", always_cost)
+    yield against(
+        "replay of 100 queued to a returning user, median",
+        "ms",
+        lambda kept: statistics.median(_returns(bench, kept, slowed.name())),
+    )
+    yield from _full_storm(slowed, there)
+
+
+def _full_storm(slowed: _Slowed, there: Kept) -> Rows:
+    bench = slowed.bench
+    caught_up, pings = Ratios(SLOWED, False), Ratios(SLOWED, False)
+    full: list[Storm] = []
+    empty: list[Storm] = []
 
     def measure(swapped: bool) -> None:
-        for stopped in (not swapped, swapped):
-            with _keeping(bench, "redis") as kept:
-                (down if stopped else well).append(run(kept, stopped=stopped))
-        ratio.values.append(down[-1].p99_ms / well[-1].p99_ms)
+        for is_full in (not swapped, swapped):
+            if is_full:
+                full.append(_storm(bench, there, slowed.name()))
+            else:
+                with _keeping(bench, slowed.kind) as kept:
+                    empty.append(_storm(bench, kept, slowed.name()))
+        caught_up.values.append(full[-1].seconds / empty[-1].seconds)
+        pings.values.append(full[-1].pings.p99_ms / empty[-1].pings.p99_ms)
 
-    repeat(bench, [ratio], measure)
-    yield ratio.row(
-        "p99 of online publishing with the store down, against what it was (Redis)",
-        f"{statistics.median(r.p99_ms for r in down):.2f} ms against "
-        f"{statistics.median(r.p99_ms for r in well):.2f} ms",
+    repeat(bench, [caught_up, pings], measure)
+    yield slowed.of(
+        caught_up,
+        f"{full[0].count:,} users with 100 queued each return at once: all caught up",
+        "s",
+        [storm.seconds for storm in full],
+        [storm.seconds for storm in empty],
+    )
+    yield slowed.of(
+        pings,
+        "round trip of a `Ping` meanwhile, p99",
+        "ms",
+        [storm.pings.p99_ms for storm in full],
+        [storm.pings.p99_ms for storm in empty],
     )
 
 
@@ -458,4 +604,5 @@ STORE_SCENARIOS: dict[str, Callable[[Bench], Rows]] = {
     "holding": holding,
     "returning": returning,
     "outage": outage,
+    "full": full,
 }

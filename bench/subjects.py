@@ -55,7 +55,7 @@ class NotifydSubject:
         self._command = command
         self._secret = secrets.token_urlsafe(48)
         self._key = secrets.token_urlsafe(32)
-        self._tokens: list[str] = []
+        self._tokens: dict[str, list[str]] = {}
         self._started = 0
 
     @property
@@ -96,9 +96,11 @@ class NotifydSubject:
         stalled: int = 0,
         channel: bool = True,
         connect_rate: float = 0,
+        name: str = "user",
     ) -> Subscribers:
-        """As many users with a token each; with `channel`, each subscribed to the one channel."""
-        tokens = self._mint(count)
+        """As many users with a token each, called `name` and a number; with `channel`, each
+        subscribed to the one channel."""
+        tokens = self._mint(name, count)
         if transport == "sse":
             query = f"channels={CHANNEL}&" if channel else ""
             return Subscribers(
@@ -144,9 +146,9 @@ class NotifydSubject:
             return publishing
         return replace(publishing, headers=[*publishing.headers, f"X-Tenant-ID: {tenant}"])
 
-    def single_sends(self, *, publishers: int, rate: float = 0) -> Publishing:
+    def single_sends(self, *, publishers: int, rate: float = 0, name: str = "user") -> Publishing:
         """One notification a request, to each user in turn."""
-        body = {"target_user_id": "user-{to}", **CONTENT}
+        body = {"target_user_id": name + "-{to}", **CONTENT}
         return self._publishing("send", body, publishers, window=publishers, rate=rate, to_one=True)
 
     def batches(self, users: int, *, publishers: int) -> Publishing:
@@ -172,9 +174,9 @@ class NotifydSubject:
         body = {"notifications": items}
         return self._publishing("batch", body, publishers, window=publishers, spread=batches)
 
-    def to_users(self, users: int) -> Publishing:
+    def to_users(self, users: int, *, name: str = "user") -> Publishing:
         """One notification to all of the users, one request at a time."""
-        body = {"target_user_ids": [f"user-{i:05d}" for i in range(users)], **CONTENT}
+        body = {"target_user_ids": [f"{name}-{i:05d}" for i in range(users)], **CONTENT}
         return self._publishing("send-to-users", body, 1)
 
     def _publishing(
@@ -205,10 +207,11 @@ class NotifydSubject:
         claims = {"sub": user, "iat": now, "exp": now + 6 * 3600, **claimed}
         return jwt.encode(claims, self._secret, algorithm="HS256")
 
-    def _mint(self, count: int) -> list[str]:
-        for i in range(len(self._tokens), count):
-            self._tokens.append(self.token(f"user-{i:05d}"))
-        return self._tokens[:count]
+    def _mint(self, name: str, count: int) -> list[str]:
+        tokens = self._tokens.setdefault(name, [])
+        for i in range(len(tokens), count):
+            tokens.append(self.token(f"{name}-{i:05d}"))
+        return tokens[:count]
 
     def _log(self) -> Path:
         self._started += 1

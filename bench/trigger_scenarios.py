@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import hiredis
 
@@ -74,11 +75,15 @@ def trigger(bench: Bench) -> Rows:
         stream.values.append(streamed[-1] / published[-1])
 
     repeat(bench, [pubsub, stream], measure)
-    yield pubsub.row(
-        "messages published to Redis channels, dispatched, on one core of the server, against "
-        "redis-py with hiredis that only takes them",
-        f"{statistics.median(published):,.0f} a second of CPU time, redis-py "
-        f"{statistics.median(theirs):,.0f}",
+    row = pubsub.row(
+        "messages published to Redis channels, dispatched, a second of CPU time of one node, "
+        "against redis-py with hiredis that only takes them",
+        "≥ 25,000/s are asked where redis-py takes 36,000/s",
+    )
+    yield replace(
+        row,
+        measured=f"{row.measured}: {statistics.median(published):,.0f}/s, redis-py "
+        f"{statistics.median(theirs):,.0f}/s",
     )
     yield stream.row(
         "the same from a stream, acknowledged, against those published",

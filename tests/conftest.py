@@ -18,6 +18,9 @@ from tests.stores import PostgresServer, RedisServer, schema, serving
 
 SOCKETS = ("server", "adversity", "cluster")
 
+# Servers that tests start are compiled once, not at each start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item

@@ -47,6 +47,10 @@ WAIT = 20.0
 """Seconds that anything may take on a machine that has other things to do; what takes longer does
 not come. No test that passes waits so long."""
 
+WITHOUT_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""For clients that speak to http:// alone: reading every authority that the system trusts takes
+longer than most tests. It trusts none."""
+
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "server": {"port": 0, "shutdown_grace_seconds": 2},
     "auth": {
@@ -414,7 +418,7 @@ class Host:
         self._running = True
         self.http = await self._clients.enter_async_context(
             httpx.AsyncClient(
-                base_url=self.url, timeout=WAIT, trust_env=False, verify=tls if tls else True
+                base_url=self.url, timeout=WAIT, trust_env=False, verify=tls or WITHOUT_TLS
             )
         )
 
@@ -576,7 +580,7 @@ class Host:
             listener.connected = await listener.expect("connected")
         return listener
 
-    http_verify: ssl.SSLContext | bool = True
+    http_verify: ssl.SSLContext = WITHOUT_TLS
 
     async def listen(
         self, transport: Transport, user_id: str = "u1", *channels: str, jwt: str | None = None

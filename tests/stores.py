@@ -119,7 +119,9 @@ class StoreServer(ABC):
     def pin(self, core: int) -> None:
         """Keep it, and what it will start, on one core."""
         for process in self._family():
-            process.cpu_affinity([core])
+            # PostgreSQL's start has children that end on their own.
+            with suppress(psutil.NoSuchProcess):
+                process.cpu_affinity([core])
 
     def kill(self) -> None:
         """End it without a warning."""

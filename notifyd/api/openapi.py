@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from http import HTTPStatus
 from typing import Any
 
@@ -47,10 +48,14 @@ _OF_KEYS: frozenset[Access] = frozenset({"read", "publish", "admin"})
 def openapi_endpoint(guard: Guard, endpoints: Sequence[Endpoint]) -> Endpoint:
     """GET /openapi.json, which describes `endpoints` and itself."""
     description = Description("This description", "Operations", content_type="application/json")
+
+    @cache  # made when somebody asks: it took most of the time in which a server was built
+    def answer() -> Answer:
+        return Answer(200, msgspec.json.encode(document([*endpoints, endpoint])))
+
     endpoint = Endpoint(
-        guard, "GET", "/openapi.json", lambda request: answer, description, access="open"
+        guard, "GET", "/openapi.json", lambda request: answer(), description, access="open"
     )
-    answer = Answer(200, msgspec.json.encode(document([*endpoints, endpoint])))
     return endpoint
 
 

@@ -19,6 +19,7 @@ from tests.front_door import (
     ADMIN_KEY,
     SECRET,
     WAIT,
+    WITHOUT_TLS,
     Message,
     SseListener,
     WebSocketListener,
@@ -55,7 +56,7 @@ class NodeProcess:
             "NOTIFYD_WEBSOCKET__HEARTBEAT_INTERVAL": "1",
             **variables,
         }
-        self._http = httpx.AsyncClient(timeout=WAIT, trust_env=False)
+        self._http = httpx.AsyncClient(timeout=WAIT, trust_env=False, verify=WITHOUT_TLS)
 
     @property
     def pid(self) -> int:
@@ -106,7 +107,7 @@ class NodeProcess:
         twin._environment = self._environment | variables
         twin.log = self.log.with_suffix(".twin.log")
         twin._process = None
-        twin._http = httpx.AsyncClient(timeout=WAIT, trust_env=False)
+        twin._http = httpx.AsyncClient(timeout=WAIT, trust_env=False, verify=WITHOUT_TLS)
         return twin
 
     def signal(self, number: int) -> None:

@@ -345,9 +345,18 @@ def test_writes_a_table_that_names_no_machine(tmp_path: Path) -> None:
         Row("nchan", "none", "not installed", None),
     ]
 
-    write_results(tmp_path / "results.md", rows, {"Python": "3.11.7"}, None)
+    write_results(
+        tmp_path / "results.md",
+        rows,
+        {"Python": "3.11.7"},
+        None,
+        took={"fanout-1": 61.4},
+        missing=["full"],
+    )
 
     text = (tmp_path / "results.md").read_text()
     assert "| deliveries/s | ≥ 0.7 | 0.75 | met |" in text
     assert "| nchan | none | not installed | - |" in text
+    assert "Incomplete: full did not run." in text
+    assert "It took fanout-1 61 s." in text
     assert os.uname().nodename not in text.split()
