@@ -496,6 +496,9 @@ class _Revocations:
     def __len__(self) -> int:
         return self._count
 
+    def __bool__(self) -> bool:
+        return bool(self._count or self._floors)
+
     def add(self, tenant: str, user_id: str, at: float) -> None:
         times = self._tenants.setdefault(tenant, {})
         self._count += user_id not in times

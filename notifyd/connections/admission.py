@@ -63,7 +63,8 @@ class Handshake:
             if name == b"authorization":
                 scheme, _, credentials = value.decode("latin-1").partition(" ")
                 if scheme.lower() == "bearer":
-                    bearer = credentials.strip()
+                    # Of two, none is taken: whoever checked one on the way may mean the other.
+                    bearer = credentials.strip() if bearer is None else f"{bearer},{credentials}"
             elif name == b"origin":
                 self.origin = value.decode("latin-1")
             elif name == b"user-agent":

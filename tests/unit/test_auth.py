@@ -595,6 +595,14 @@ def test_revocation(size: int) -> None:
     now(checked.verify(signed(sub="u2", iat=NOW - 10)))
 
 
+def test_of_a_whole_tenant_where_no_user_was_revoked() -> None:
+    checker = verifier(jwt_secret=SECRET)
+    token = signed(iat=NOW)
+    assert now(checker.verify(token)).user_id == "u1"
+    checker.revoke_all("default", NOW)
+    assert refusal(checker, token).message == "The token was revoked."
+
+
 def test_an_earlier_revocation_does_not_lift_a_later_one() -> None:
     checked = verifier()
     checked.revoke("default", "u1", NOW)
