@@ -442,9 +442,9 @@ class Endpoint:
         key = authorization = offered_id = tenant = idempotency_key = origin = None
         for name, value in request.headers:
             if name in _LOOKED_AT:
-                # What may come once and comes twice is one list (RFC 9110, section 5.3), and that is
-                # no key and no tenant. `presented_key` has it so as well: or else one key would be
-                # let in, and another one's rate be used up.
+                # Several of one name are one list (RFC 9110, section 5.3), and that is neither a key
+                # nor a tenant. `presented_key` sees it the same way; otherwise one key would be let
+                # in while the rate of another is used up.
                 if name == b"x-api-key":
                     key = value if key is None else key + b"," + value
                 elif name == b"authorization":
