@@ -346,7 +346,7 @@ class MemoryIdempotencyKeys:
         self.release(claim)
 
     def _make_room(self, now: float) -> None:
-        """For one more key: by what has expired, else by the oldest."""
+        """Evicts expired keys, else the oldest."""
         kept = self._kept
         for _ in range(min(_EXPIRED_PER_CLAIM, len(kept))):
             oldest = next(iter(kept))

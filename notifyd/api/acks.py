@@ -126,7 +126,7 @@ class Acks:
         """GET /api/v1/notifications/{id}/acks."""
         id = canonical_uuid(request.path_params["id"])
         if self._ledger is None:
-            raise NotFound("Acknowledgements are not kept account of: ack.enabled is false.")
+            raise NotFound("Acknowledgements are not recorded: ack.enabled is false.")
         return then(self._ledger.report(request.tenant, id), _told)
 
 

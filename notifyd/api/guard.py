@@ -442,9 +442,9 @@ class Endpoint:
         key = authorization = offered_id = tenant = idempotency_key = origin = None
         for name, value in request.headers:
             if name in _LOOKED_AT:
-                # Several of one name are one list (RFC 9110, section 5.3), and that is neither a key
-                # nor a tenant. `presented_key` sees it the same way; otherwise one key would be let
-                # in while the rate of another is used up.
+                # Several of one name are one list (RFC 9110, section 5.3), which is neither a key
+                # nor a tenant. `presented_key` has the same rule; otherwise one key would be let in
+                # while the rate of another is used up.
                 if name == b"x-api-key":
                     key = value if key is None else key + b"," + value
                 elif name == b"authorization":

@@ -143,8 +143,8 @@ class Admission:
     def identify(self, handshake: Handshake) -> Eventually[Identity | None]:
         """The user, or None for a WebSocket that is to authenticate with its first message.
 
-        Raises Forbidden for a foreign origin, Unauthorized or TokenExpired for a token that does
-        not hold, Unavailable where the keys to check it cannot be had.
+        Raises Forbidden for a foreign origin, Unauthorized or TokenExpired for a token that is
+        invalid, Unavailable where the keys to check it cannot be had.
         """
         if not self._origins.allows(handshake.origin):
             raise Forbidden(

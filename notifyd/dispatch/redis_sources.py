@@ -94,7 +94,9 @@ class RedisSources:
             )
 
     def _told_of_lease(self, held: bool) -> None:
-        self._log.info("this node has the trigger" if held else "this node has not the trigger now")
+        self._log.info(
+            "this node runs the trigger now" if held else "this node no longer runs the trigger"
+        )
 
     def start(self) -> None:
         """Begin to take messages."""
@@ -116,4 +118,6 @@ class RedisSources:
             try:
                 await self._lease.release()
             except Unavailable:
-                self._log.info("the lease of the trigger lapses by itself: Redis is away")
+                self._log.info(
+                    "the trigger's lease was not released and will expire: Redis is unreachable"
+                )

@@ -50,7 +50,7 @@ class TestToken:
                 [(b"sec-websocket-protocol", b"bearer.s"), (b"authorization", b"Bearer h")],
                 "h",
             ),
-            # An empty one is one that does not hold, and not none at all.
+            # An empty one is an invalid one, and not none at all.
             (b"token=", [(b"authorization", b"Bearer h")], ""),
         ],
     )
