@@ -50,6 +50,12 @@ class TestToken:
                 [(b"sec-websocket-protocol", b"bearer.s"), (b"authorization", b"Bearer h")],
                 "h",
             ),
+            # Of two, neither one is believed.
+            (
+                b"",
+                [(b"authorization", b"Bearer h"), (b"authorization", b"Bearer i")],
+                "h,i",
+            ),
             # An empty one is an invalid one, and not none at all.
             (b"token=", [(b"authorization", b"Bearer h")], ""),
         ],
