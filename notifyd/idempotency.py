@@ -287,7 +287,9 @@ class MemoryIdempotencyKeys:
             _check_same_body(working.fingerprint, fingerprint)
             return Wait(self, scope, fingerprint)
         if len(self._working) >= self._max_keys:
-            raise Unavailable("Too many calls with an idempotency key are at work.", retry_after=1)
+            raise Unavailable(
+                "Too many calls with an idempotency key are in progress.", retry_after=1
+            )
         if self._kept:
             self._make_room(now)
         self._working[scope] = _Working(fingerprint)

@@ -150,7 +150,7 @@ def identify_with(admission: Admission) -> Callable[[Request], Eventually[Identi
 
 def _told(report: AckReport | None) -> NotificationAcks:
     if report is None:
-        raise NotFound("The ledger does not know this notification, or has let go of it.")
+        raise NotFound("The ledger does not know this notification, or has forgotten it.")
     recipients = [
         AckRecipient(
             each.user_id,
