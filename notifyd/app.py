@@ -359,7 +359,7 @@ class Notifyd(PublishingCalls):
 
     def _note_lost(self, error: Unavailable) -> None:
         """The ledger could not be told; delivery goes on without."""
-        self._notes_lost.warning("acknowledgements are not kept account of", reason=error.message)
+        self._notes_lost.warning("acknowledgements are not recorded", reason=error.message)
 
     def _lost(self, notification: Notification) -> None:
         """Nothing keeps a notification that was held: it is over its ttl, or there is no queue."""
@@ -486,10 +486,10 @@ class Notifyd(PublishingCalls):
             # What other nodes have not answered for by now has gone to the logs, too.
             left = await self._writes.finish(max(0.0, deadline - asyncio.get_running_loop().time()))
         if left:
-            self._log.error("the store did not take what clients had not confirmed", lost=left)
+            self._log.error("unconfirmed notifications could not be stored", lost=left)
         await self._tasks.aclose()
         if not await self.tenants.finish(max(0.0, deadline - asyncio.get_running_loop().time())):
-            self._log.warning("the store did not take what was counted of tenants")
+            self._log.warning("tenant counts could not be stored")
         await self._backends.aclose()
         await self.verifier.aclose()
 

@@ -155,7 +155,7 @@ class TokenVerifier:
                 ]
             except jwt.InvalidKeyError as error:
                 raise ConfigurationError(
-                    "auth.jwt_secret: this is a key of another kind (PEM, SSH, JWK), no secret; "
+                    "auth.jwt_secret: this is a PEM, SSH or JWK key, not a secret; "
                     "make one with: openssl rand -base64 64 | tr -d '\\n'"
                 ) from error
             if self._signing is None:
@@ -178,7 +178,7 @@ class TokenVerifier:
         call this in the event loop. Cancelling the awaitable does not stop the fetch that others
         wait for too.
 
-        Raises TokenExpired; Unauthorized for any other token that does not hold; Unavailable where
+        Raises TokenExpired; Unauthorized for any other invalid token; Unavailable where
         the issuer's keys cannot be had.
         """
         if len(token) > MAX_TOKEN_BYTES:
@@ -249,7 +249,7 @@ class TokenVerifier:
         try:
             claims = _OBJECT.decode(token.payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            raise Unauthorized("The token's claims are no JSON object.") from None
+            raise Unauthorized("The token's claims are not a JSON object.") from None
         identity = self._identity(claims)
         self._check_time(identity.expires_at)
         self._check_not_before(claims)
@@ -496,6 +496,9 @@ class _Revocations:
     def __len__(self) -> int:
         return self._count
 
+    def __bool__(self) -> bool:
+        return bool(self._count or self._floors)
+
     def add(self, tenant: str, user_id: str, at: float) -> None:
         times = self._tenants.setdefault(tenant, {})
         self._count += user_id not in times
@@ -578,10 +581,10 @@ def _not_a_token() -> Unauthorized:
 
 def _bad_signature(algorithm: str) -> Unauthorized:
     return Unauthorized(
-        "The token's signature does not hold.",
-        hint="it was signed with another secret than auth.jwt_secret"
+        "The token's signature is invalid.",
+        hint="it was signed with a secret other than auth.jwt_secret"
         if algorithm in HMAC_ALGORITHMS
-        else "it was signed with another key than the configured one",
+        else "it was signed with a key other than the configured one",
     )
 
 

@@ -318,7 +318,7 @@ def _listen(arguments: Arguments, environ: Environment) -> int:
     except NotifydClientError as error:
         _say(f"{url}: {error}")
         return EXIT_FAILED
-    _say("the connection was given up, as its user has newer ones")
+    _say("the connection was closed because its user opened newer ones")
     return EXIT_FAILED
 
 
@@ -348,7 +348,7 @@ def _tell(event: Event) -> None:
         case Subscribed():
             _say(f"subscribed to {', '.join(event.channels)}")
         case Gap():
-            _say(f"something of {event.stream} was missed: {event.reason}")
+            _say(f"some notifications of {event.stream} were missed: {event.reason}")
         case Problem():
             _say(f"{event.code}: {event.message}")
         case Disconnected():

@@ -72,7 +72,7 @@ class Unauthorized(NotifydError):
 
 
 class TokenExpired(Unauthorized):
-    """A token that was good once."""
+    """A token that has expired."""
 
     code = "TOKEN_EXPIRED"
     close_code = 4010

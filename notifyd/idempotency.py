@@ -293,7 +293,9 @@ class MemoryIdempotencyKeys:
             _check_same_body(working.fingerprint, fingerprint)
             return Wait(self, scope, fingerprint)
         if len(self._working) >= self._max_keys:
-            raise Unavailable("Too many calls with an idempotency key are at work.", retry_after=1)
+            raise Unavailable(
+                "Too many calls with an idempotency key are in progress.", retry_after=1
+            )
         if self._kept:
             self._make_room(now)
         self._working[scope] = _Working(fingerprint)
@@ -352,7 +354,7 @@ class MemoryIdempotencyKeys:
         self.release(claim)
 
     def _make_room(self, now: float) -> None:
-        """For one more key: by what has expired, else by the oldest."""
+        """Evicts expired keys, else the oldest."""
         kept = self._kept
         for _ in range(min(_EXPIRED_PER_CLAIM, len(kept))):
             oldest = next(iter(kept))

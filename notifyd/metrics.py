@@ -374,7 +374,7 @@ class Metrics:
             "redis_bad_messages_total", "Messages in Redis that could not be used."
         )
         self.redis_dead_letters_total = self._counter(
-            "redis_dead_letters_total", "Entries of the stream put aside, for they cannot be used."
+            "redis_dead_letters_total", "Stream entries moved to the dead-letter stream."
         )
         self.redis_trigger_active = self._gauge(
             "redis_trigger_active",

@@ -388,7 +388,7 @@ class QueueSettings(Section, frozen=True, kw_only=True):
 class AckSettings(Section, frozen=True, kw_only=True):
     """The ledger of who was expected to confirm, and who has."""
 
-    enabled: Annotated[bool, says("Whether acks are kept account of.")] = True
+    enabled: Annotated[bool, says("Whether acks are recorded.")] = True
     backend: Annotated[
         Backend,
         says("Where: in the `memory` of this process, until it ends; in Redis; or in PostgreSQL."),
@@ -409,7 +409,11 @@ class IdempotencySettings(Section, frozen=True, kw_only=True):
     """Answers remembered, so that a repeated call delivers nothing twice."""
 
     window_seconds: Annotated[Seconds, says("How long a key is remembered.")] = 86_400
-    max_keys: Annotated[int, count("keys"), says("Keys remembered, the last ones.")] = 100_000
+    max_keys: Annotated[
+        int,
+        count("keys"),
+        says("How many recent keys are remembered in the memory of this process."),
+    ] = 100_000
 
 
 class RateLimitSettings(Section, frozen=True, kw_only=True):
@@ -538,9 +542,9 @@ class RedisSettings(Section, frozen=True, kw_only=True):
     stream_key: Annotated[
         Annotated[str, Meta(min_length=1, max_length=512)] | None,
         says(
-            "A stream that is read too, and loses nothing: its consumer group is called as "
-            "key_prefix, and what cannot be used goes to a stream of this name with :dead behind "
-            "it.",
+            "A stream that is read too, and loses nothing: its consumer group is named "
+            "after key_prefix, and what cannot be used goes to a stream of this name with :dead "
+            "behind it.",
             example="notifications",
         ),
     ] = None
@@ -568,8 +572,8 @@ class ClusterSettings(Section, frozen=True, kw_only=True):
     presence_ttl_seconds: Annotated[
         Seconds,
         says(
-            "How long the users of a node that is gone without a word still count as connected; "
-            "more than websocket.heartbeat_interval."
+            "How long the users of a node that disappeared without notice still count as "
+            "connected; more than websocket.heartbeat_interval."
         ),
     ] = 60
 
@@ -616,16 +620,14 @@ class BreakerSettings(Section, frozen=True, kw_only=True):
     success_threshold: Annotated[
         int, count("successes"), says("Probes that must succeed to close it again.")
     ] = 2
-    reset_timeout_seconds: Annotated[
-        Seconds, says("A pause between probes is never longer, however far it grew.")
-    ] = 30
+    reset_timeout_seconds: Annotated[Seconds, says("Upper limit of the pause between probes.")] = 30
     backoff_initial_ms: Annotated[
         int,
         count("milliseconds", 1, 3_600_000),
         says("The first pause before a probe, at most; each next one may be twice as long."),
     ] = 100
     backoff_max_ms: Annotated[
-        int, count("milliseconds", 1, 3_600_000), says("The longest that a pause may grow.")
+        int, count("milliseconds", 1, 3_600_000), says("Upper limit of the growth of that pause.")
     ] = 30_000
 
 

@@ -351,7 +351,7 @@ class MemoryTemplates:
         """Raises NotFound."""
         template = self._tenants.get(tenant, {}).get(id)
         if template is None:
-            raise NotFound("There is no template of this id.")
+            raise NotFound("There is no template with this id.")
         return template
 
     def list(self, tenant: str) -> Sequence[Template]:
@@ -364,7 +364,7 @@ class MemoryTemplates:
         if template.id in templates:
             raise Conflict(f"There is a template '{template.id}' already.", field="id")
         if len(templates) >= self._max_per_tenant:
-            raise Conflict(f"There are {self._max_per_tenant} templates already, the most allowed.")
+            raise Conflict(f"There are {self._max_per_tenant} templates already, the maximum.")
         self._tenants.setdefault(tenant, templates)[template.id] = template
         return template
 

@@ -171,7 +171,7 @@ def _same_month(one: date, other: date) -> bool:
 
 def too_many(most: int) -> Conflict:
     """The refusal of one more tenant's limits."""
-    return Conflict(f"There are limits of {most} tenants already, the most that are kept.")
+    return Conflict(f"Limits are already set for {most} tenants, the maximum.")
 
 
 class _Tally:

@@ -126,7 +126,7 @@ class Acks:
         """GET /api/v1/notifications/{id}/acks."""
         id = canonical_uuid(request.path_params["id"])
         if self._ledger is None:
-            raise NotFound("Acknowledgements are not kept account of: ack.enabled is false.")
+            raise NotFound("Acknowledgements are not recorded: ack.enabled is false.")
         return then(self._ledger.report(request.tenant, id), _told)
 
 
@@ -150,7 +150,7 @@ def identify_with(admission: Admission) -> Callable[[Request], Eventually[Identi
 
 def _told(report: AckReport | None) -> NotificationAcks:
     if report is None:
-        raise NotFound("The ledger does not know this notification, or has let go of it.")
+        raise NotFound("The ledger does not know this notification, or has forgotten it.")
     recipients = [
         AckRecipient(
             each.user_id,

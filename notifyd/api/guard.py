@@ -1,4 +1,4 @@
-"""What stands before and behind every handler: who calls, what he may, what he is answered.
+"""Authentication, authorisation and responses, shared by every handler.
 
 An `Endpoint` is a function from a Request to an Answer, at once or awaited, and never raises a
 NotifydError. The server's fast lane and the ASGI routes call the same objects, so that keys,
@@ -7,7 +7,7 @@ limits, request ids, CORS, metrics and errors are the same whichever way a reque
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from time import perf_counter
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -123,8 +123,8 @@ class Request:
         self.verdict: Verdict | None = None
 
     def header(self, name: bytes) -> bytes | None:
-        """The first header of that name, in lower case."""
-        return next((value for known, value in self.headers if known == name), None)
+        """The header of that name, in lower case; several are one list (RFC 9110, section 5.3)."""
+        return _header(self.headers, name)
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
@@ -212,7 +212,7 @@ class Guard:
 
     def reader(self, request: Request) -> Principal | None:
         """To whom an open endpoint may tell more: a key that reads, or in development anybody."""
-        key = request.header(b"x-api-key") or bearer(request.header(b"authorization"))
+        key = presented_key(request.headers)
         principal = None if self.production else _NO_PRINCIPAL
         if key is not None:
             try:
@@ -229,9 +229,7 @@ class Guard:
         """A token for a request: of its API key, or of its address where there is none that is
         known. Nothing else is looked at yet.
         """
-        key = None
-        if access != "user":
-            key = request.header(b"x-api-key") or bearer(request.header(b"authorization"))
+        key = None if access == "user" else presented_key(request.headers)
         if key is not None:
             try:
                 name = self.api_keys.authenticate(key).name
@@ -444,14 +442,16 @@ class Endpoint:
         key = authorization = offered_id = tenant = idempotency_key = origin = None
         for name, value in request.headers:
             if name in _LOOKED_AT:
+                # Several of one name are one list (RFC 9110, section 5.3), which is neither a key
+                # nor a tenant. `presented_key` has the same rule; otherwise one key would be let in
+                # while the rate of another is used up.
                 if name == b"x-api-key":
-                    key = value
+                    key = value if key is None else key + b"," + value
                 elif name == b"authorization":
-                    authorization = value
+                    authorization = value if authorization is None else authorization + b"," + value
                 elif name == b"x-request-id":
                     offered_id = value
                 elif name == b"x-tenant-id":
-                    # Several are one list (RFC 9110, section 5.3), and that is no tenant's name.
                     tenant = value if tenant is None else tenant + b"," + value
                 elif name == b"origin":
                     origin = value
@@ -537,9 +537,7 @@ class Endpoint:
     def check_key(self, request: Request) -> None:
         """The same for an endpoint that asks for an API key. Raises Unauthorized and Forbidden."""
         access = self.access
-        principal = self._authenticate(
-            request.header(b"x-api-key") or _bearer_key(request.header(b"authorization"))
-        )
+        principal = self._authenticate(presented_key(request.headers) or _bearer_key(None))
         if access not in principal.scopes and "admin" not in principal.scopes:
             raise _out_of_scope(principal, access)
 
@@ -660,6 +658,16 @@ class Endpoint:
 
 def _nothing(_identity: Identity) -> None:
     """Who it is will be asked again, with the body."""
+
+
+def _header(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> bytes | None:
+    values = [value for known, value in headers if known == name]
+    return b",".join(values) if values else None
+
+
+def presented_key(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
+    """The API key that a request was sent with, known or not; None where there is none."""
+    return _header(headers, b"x-api-key") or bearer(_header(headers, b"authorization"))
 
 
 def bearer(authorization: bytes | None) -> bytes | None:

@@ -352,7 +352,7 @@ def _raw_path(scope: Scope) -> bytes:
 def _decoded(segment: bytes) -> str:
     """A segment of a path (RFC 3986, section 2.1), in strict UTF-8; raises BadRequest."""
     if _BAD_ESCAPE.search(segment):
-        raise BadRequest("The path has a % that begins no escape.")
+        raise BadRequest("The path has a % that does not begin an escape.")
     try:
         return unquote_to_bytes(segment).decode()
     except UnicodeDecodeError as error:

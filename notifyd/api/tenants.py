@@ -116,7 +116,7 @@ class TenantApi:
         """GET /api/v1/tenants/{id}."""
         name = self._tenants.visible(request.principal, request.path_params["id"])
         if not self._tenants.exists(name):
-            raise NotFound("There is no tenant of this id.")
+            raise NotFound("There is no tenant with this id.")
         return self._figures(name, await self._connected(name), await self._sent(name))
 
     async def limit(self, request: Request) -> LimitsAnswer:

@@ -304,7 +304,7 @@ class Users:
         if self._others is not None:
             return self._disconnect_anywhere(self._others, request.tenant, id, body, connection)
         if connection is None:
-            raise NotFound("There is no connection of this id.")
+            raise NotFound("There is no connection with this id.")
         if body.revoke:
             self._verifier.revoke(request.tenant, connection.identity.user_id, self._clock())
         self._lifecycle.disconnect(connection, body.reason)
@@ -324,7 +324,7 @@ class Users:
         else:
             owner = await others.owner(tenant, id)
         if owner is None:
-            raise NotFound("There is no connection of this id.")
+            raise NotFound("There is no connection with this id.")
         try:
             if body.revoke:
                 at = self._clock()

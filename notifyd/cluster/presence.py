@@ -175,7 +175,9 @@ class Presence:
         unwritten, self._unwritten = self._unwritten, {}
         await self._write_late(unwritten)
         if away or self._unwritten:
-            raise Unavailable("Redis does not know whom this node holds.", retry_after=1)
+            raise Unavailable(
+                "Redis does not know which users are connected to this node.", retry_after=1
+            )
 
     async def _write_late(self, users: dict[UserKey, int]) -> None:
         await settle(self._write_users(users))

@@ -210,7 +210,7 @@ class Cluster:
     # --- its life ---
 
     async def start(self) -> None:
-        """Be there for the others. Raises ConfigurationError where Redis cannot be used for it."""
+        """Join the cluster. Raises ConfigurationError where Redis cannot be used for it."""
         self._tasks.spawn(self.bus.run())
         try:
             async with asyncio.timeout(START_SECONDS):
@@ -231,7 +231,7 @@ class Cluster:
         self._tasks.spawn(self._beat())
 
     async def stop(self) -> None:
-        """Be there no more: nobody is found here from now on."""
+        """Leave the cluster: nobody is found here from now on."""
         self._redis.breaker.unsubscribe(self._breaker_changed)
         self._started = False
         with suppress(Unavailable):

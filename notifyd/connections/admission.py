@@ -66,7 +66,8 @@ class Handshake:
             if name == b"authorization":
                 scheme, _, credentials = value.decode("latin-1").partition(" ")
                 if scheme.lower() == "bearer":
-                    bearer = credentials.strip()
+                    # Of two, none is taken: whoever checked one on the way may mean the other.
+                    bearer = credentials.strip() if bearer is None else f"{bearer},{credentials}"
             elif name == b"origin":
                 self.origin = value.decode("latin-1")
             elif name == b"user-agent":
@@ -149,8 +150,8 @@ class Admission:
         """The user, or None for a WebSocket that is to authenticate with its first message.
 
         Raises Forbidden for a foreign origin, BadRequest for a handshake with a fault, Unauthorized
-        or TokenExpired for a token that does not hold, Unavailable where the keys to check it
-        cannot be had.
+        or TokenExpired for a token that is invalid, Unavailable where the keys to check it cannot
+        be had.
         """
         if not self._origins.allows(handshake.origin):
             raise Forbidden(

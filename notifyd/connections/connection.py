@@ -1,7 +1,7 @@
 """One client's connection: who it is, where it stands, and what it has not confirmed.
 
-Pure state around an outbox. States go one way: opening, live, closed; a connection closes once,
-with one reason, whoever asks first.
+Pure state around an outbox. States go one way: authenticating, open, closed; a connection closes
+once, with one reason, whoever asks first.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from notifyd.wire import Message
 Transport = Literal["websocket", "sse"]
 
 TAKERS_PER_HOLDER = 16
-"""Of a notification that many users got at once, so many takers are kept for each that has yet to
-settle it, at most: 128 bytes.
+"""Of a notification sent to many users at once, at most this many takers are kept for each one that
+has yet to settle it: 128 bytes.
 """
 
 UNIDENTIFIED = Identity(user_id="")
 
 
 MAX_LEFT_TO_LOG = 1000
-"""So many ids are remembered of what a connection got and the server holds no longer."""
+"""How many ids are remembered of what a connection got and the server no longer holds."""
 
 MAX_LEFT_OUT = 1000
-"""So many ids are remembered of what a connection is not to get, its own sender's."""
+"""How many ids are remembered of what a connection must not get because it sent it."""
 
 
 MAX_UNANSWERED = 256

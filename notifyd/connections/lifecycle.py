@@ -800,7 +800,7 @@ class Lifecycle:
         return round(self._spread(1, 10))
 
     def begin_drain(self) -> list[Connection]:
-        """Take nobody any more; returns who is to go away."""
+        """Accept no new connections; returns those to close."""
         self.draining = True
         return [*self.registry, *self._authenticating]
 

@@ -28,11 +28,10 @@ milliseconds."""
 CHECK_EVERY = 16
 
 FRAMING_BYTES = 32
-"""At most so many are between a message's JSON and what is written of it."""
+"""At most this many bytes are written around a message's JSON."""
 
 MAX_FAN_OUTS = 8
-"""So many of one tenant may be under way; a further one first waits for the oldest, so that who
-sends faster than can be written is slowed down himself."""
+"""Fan-outs per tenant at once; a further one waits, which slows a fast sender down."""
 
 
 class Sink(Protocol):

@@ -24,12 +24,12 @@ class Channel:
         self._recipients: Recipients | None = None
 
     def add(self, connection: Connection) -> None:
-        """It subscribes."""
+        """Add a subscriber."""
         self.connections[connection] = None
         self._recipients = None
 
     def remove(self, connection: Connection) -> None:
-        """It is subscribed no more."""
+        """Remove a subscriber."""
         del self.connections[connection]
         self._recipients = None
 
@@ -56,14 +56,14 @@ class TenantConnections:
         self._recipients: Recipients | None = None
 
     def add(self, connection: Connection) -> None:
-        """It is connected."""
+        """Add a connection."""
         self.connections[connection.id] = connection
         user_id = connection.identity.user_id
         self.users[user_id] = (*self.users.get(user_id, ()), connection)
         self._recipients = None
 
     def remove(self, connection: Connection) -> bool:
-        """It is connected no more; False where it was not."""
+        """Remove a connection; False where it was not there."""
         if self.connections.pop(connection.id, None) is None:
             return False
         user_id = connection.identity.user_id

@@ -30,19 +30,20 @@ from notifyd.queue.base import AckLedger, UserLogs
 from notifyd.wire import ping_frame
 
 ASK_AT = 128
-"""So many unconfirmed notifications on one connection are asked about at once, not at the next
-tick. A Ping and its Pong cost what a delivery costs.
+"""A connection with this many unconfirmed notifications is asked at once, not at the next tick. A
+Ping and its Pong cost what a delivery costs.
 """
 
 LOOK_EVERY = 8
-"""Of so many notifications to many users, one looks who has ASK_AT."""
+"""One in this many notifications to many users looks for connections that have ASK_AT."""
 
 KEPT_SETTLED = 256
-"""So many settled notifications may be kept in memory, beyond twice as many as are held."""
+"""How many settled notifications may stay in memory, beyond twice the number that are held."""
 
 REMEMBERED = 50_000
-"""So many confirmations a node of a cluster remembers: what another node hands back to a log is not
-sent again to who has confirmed it meanwhile. It waits for as many that others asked for."""
+"""How many confirmations a node of a cluster remembers: what another node hands back to a log is
+not sent again to a user who has confirmed it meanwhile. It waits for as many that others asked for.
+"""
 
 
 HeldT = TypeVar("HeldT", Held, Held | HeldTogether)

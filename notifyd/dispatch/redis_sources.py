@@ -110,7 +110,9 @@ class RedisSources:
             )
 
     def _told_of_lease(self, held: bool) -> None:
-        self._log.info("this node has the trigger" if held else "this node has not the trigger now")
+        self._log.info(
+            "this node runs the trigger now" if held else "this node no longer runs the trigger"
+        )
 
     def _told_that_it_was_given_up(self, about: object) -> None:
         if self._lease is not None and self._renewing is not None:
@@ -141,4 +143,6 @@ class RedisSources:
             if await lease.release() and self._cluster is not None:
                 await self._cluster.ask(LEASE_GIVEN_UP)
         except Unavailable:
-            self._log.info("the lease of the trigger lapses by itself: Redis is away")
+            self._log.info(
+                "the trigger's lease was not released and will expire: Redis is unreachable"
+            )

@@ -175,9 +175,11 @@ class RedisStream:
                 await self._read_while_held()
                 continue
             except Unavailable as error:
-                self._away.warning("the stream of notifications waits", reason=_reason(error))
+                self._away.warning(
+                    "reading the notification stream is paused", reason=_reason(error)
+                )
             except Exception:  # noqa: BLE001  # logged; what is not acknowledged comes again
-                self._log.exception("reading the stream of notifications failed")
+                self._log.exception("reading the notification stream failed")
             await asyncio.sleep(self._backoff.next())
 
     def _may_work(self) -> bool:

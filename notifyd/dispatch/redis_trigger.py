@@ -482,7 +482,7 @@ class RedisTrigger:
         if isinstance(error, Unavailable):
             self._metrics.delivery_failures_total.labels("unavailable").inc()
             self._lost.warning(
-                "a message from Redis is lost, for a store is away", reason=error.message
+                "a message from Redis is lost because a store is down", reason=error.message
             )
         elif isinstance(error, NotifydError):
             self._bad.tell(error, channel=channel)

@@ -1374,7 +1374,7 @@ class PostgresTemplates:
         row = await self._postgres.transaction(work)
         template = None if row is None else self._template(row)
         if template is None:
-            raise NotFound("There is no template of this id.")
+            raise NotFound("There is no template with this id.")
         return template
 
     async def list(self, tenant: str) -> Sequence[Template]:
@@ -1407,7 +1407,7 @@ class PostgresTemplates:
         if row["taken"]:
             raise Conflict(f"There is a template '{template.id}' already.", field="id")
         if row["full"]:
-            raise Conflict(f"There are {self._max_per_tenant} templates already, the most allowed.")
+            raise Conflict(f"There are {self._max_per_tenant} templates already, the maximum.")
         return template
 
     async def replace(self, tenant: str, template: Template) -> Template:
@@ -1423,7 +1423,7 @@ class PostgresTemplates:
 
         created_at = await self._postgres.transaction(work)
         if created_at is None:
-            raise NotFound("There is no template of this id.")
+            raise NotFound("There is no template with this id.")
         return msgspec.structs.replace(template, created_at=created_at)
 
     async def delete(self, tenant: str, id: str) -> None:
@@ -1434,7 +1434,7 @@ class PostgresTemplates:
             return deleted
 
         if await self._postgres.transaction(work) is None:
-            raise NotFound("There is no template of this id.")
+            raise NotFound("There is no template with this id.")
 
     def _template(self, row: Any) -> Template | None:
         try:

@@ -681,7 +681,7 @@ class RedisTemplates:
             body, created = answer
             template = None if body is None else self._decoded(id, body, created)
             if template is None:
-                raise NotFound("There is no template of this id.")
+                raise NotFound("There is no template with this id.")
             return template
 
         return self._redis.command("HMGET", key, f"t{id}", f"c{id}", convert=found)
@@ -729,9 +729,7 @@ class RedisTemplates:
             if answer == b"taken":
                 raise Conflict(f"There is a template '{template.id}' already.", field="id")
             if answer == b"full":
-                raise Conflict(
-                    f"There are {self._max_per_tenant} templates already, the most allowed."
-                )
+                raise Conflict(f"There are {self._max_per_tenant} templates already, the maximum.")
             return template
 
         return self._put("create", tenant, template, created)
@@ -741,7 +739,7 @@ class RedisTemplates:
 
         def replaced(answer: bytes) -> Template:
             if answer == b"missing":
-                raise NotFound("There is no template of this id.")
+                raise NotFound("There is no template with this id.")
             return msgspec.structs.replace(template, created_at=float(answer))
 
         return self._put("replace", tenant, template, replaced)
@@ -773,7 +771,7 @@ class RedisTemplates:
 
         def deleted(answer: bytes) -> None:
             if answer == b"missing":
-                raise NotFound("There is no template of this id.")
+                raise NotFound("There is no template with this id.")
 
         return self._redis.run(
             self._change, (self._keys.templates(tenant),), ("delete", id), deleted

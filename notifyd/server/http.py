@@ -746,7 +746,7 @@ class HttpProtocol(HttpToolsProtocol):
         for name, value in self.headers:
             if name == b"sec-websocket-key":
                 if key is not None:
-                    raise BadRequest("Sec-WebSocket-Key stands twice.")
+                    raise BadRequest("Sec-WebSocket-Key is given twice.")
                 key = value
             elif name == b"sec-websocket-version":
                 version = value

@@ -31,7 +31,7 @@ MESSAGES_PER_TURN = 64
 """A flood of small messages yields to the other connections after so many."""
 
 _LATER = 1 << 62
-"""More bytes than ever come: what rests is read in a later turn, whatever comes meanwhile."""
+"""More bytes than ever arrive: the rest is read in a later turn, whatever arrives meanwhile."""
 
 _TEXT, _BINARY, _PING, _PONG = 0x81, 0x82, 0x89, 0x8A
 _WHOLE = (_TEXT, _BINARY, _PING, _PONG)

@@ -174,7 +174,7 @@ class Supervisor:
         pause = worker.backoff.next()
         worker.start_at = time.monotonic() + pause
         self._log.error(
-            "a worker died and is started again",
+            "a worker died and is being restarted",
             worker=worker.number,
             exit_code=exit_code,
             in_seconds=round(pause, 2),
@@ -184,7 +184,7 @@ class Supervisor:
         self._kill_at = float("inf")
         for worker in self._workers:
             if worker.process is not None:
-                self._log.warning("a worker does not end and is killed", worker=worker.number)
+                self._log.warning("a worker did not exit and was killed", worker=worker.number)
                 worker.process.kill()
 
 

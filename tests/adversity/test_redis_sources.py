@@ -242,7 +242,7 @@ class Server:
     @property
     def has_lease(self) -> bool:
         said = [line for line in self.log.read_text().splitlines() if "the trigger" in line]
-        return bool(said) and "has the trigger" in said[-1]
+        return bool(said) and "runs the trigger now" in said[-1]
 
     def listens(self) -> bool:
         """Whether it is up."""

@@ -191,7 +191,9 @@ async def test_who_is_away_is_refused_and_soon_at_once(
         # Without it those who are connected are served all the same.
         assert (await host.get("/health/ready", key=None)).status_code == 200
         assert await host.metric("delivery_failures_total", reason="unavailable") > 0
+        assert await host.metric(f"{faulty.name}_up") == 0
     await recovered(host, faulty)
+    assert await host.metric(f"{faulty.name}_up") == 1
     assert (await ann.expect("notification"))["payload"] == "several"
     # What was refused at once is nowhere; what timed out before may have been stored all the same.
     away = await host.websocket("away")

@@ -229,6 +229,8 @@ async def test_a_node_that_does_not_answer_in_time_gives_routed_and_nothing_is_l
         assert 0.15 < time.monotonic() - started < 5
         answer = await nodes[0].publish(channel("news"))
         assert (answer["outcome"], answer["routed"]) == ("routed", 1)
+    assert await nodes[0].metric("cluster_unanswered_total") >= 2
+    assert await nodes[1].metric("cluster_unanswered_total") == 0
     await anna.expect("notification")
     # Once it counts as lost it goes to the log; who has it by then gets it not twice.
     with monkeypatch.context() as lost:

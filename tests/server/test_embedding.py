@@ -51,6 +51,28 @@ async def host(start_on: StartServer) -> Host:
     return await start_on("asgi", embed=in_fastapi, root="/realtime")
 
 
+async def test_two_applications_are_nodes_of_one_cluster(
+    start_on: StartServer, redis_url: str
+) -> None:
+    prefix = f"test-{uuid.uuid4().hex}"
+    nodes = [
+        await start_on(
+            "asgi",
+            embed=in_fastapi,
+            root="/realtime",
+            redis={"url": redis_url, "key_prefix": prefix},
+            queue={"backend": "redis"},
+            # The two are in one process, whose number would otherwise name both.
+            cluster={"enabled": True, "node_id": f"application-{number}"},
+        )
+        for number in range(2)
+    ]
+    listener = await nodes[1].websocket("ada")
+    response = await nodes[0].http.post(f"http://{nodes[0].authority}/orders/ada", json=1)
+    assert response.json() == {"outcome": "delivered", "delivered_to": 1}
+    await listener.expect("notification")
+
+
 async def test_the_application_publishes_to_its_users(host: Host, transport: Transport) -> None:
     listener = await host.listen(transport, "ada")
     response = await host.http.post(f"http://{host.authority}/orders/ada", json={"order_id": 42})

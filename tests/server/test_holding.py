@@ -458,6 +458,16 @@ async def test_a_ttl_of_nothing_is_only_for_who_is_there(host: Host) -> None:
     await (await host.websocket("ada")).nothing_came()
 
 
+async def test_a_ttl_of_nothing_is_not_for_who_comes_later(host: Host) -> None:
+    first = await host.websocket("ada", query="acks=1")
+    assert (await host.publish(user("ada"), ttl=0))["outcome"] == "delivered"
+    id = (await first.expect("notification"))["id"]
+    # It is over at once by any clock but one that was set back.
+    host.clock.advance(-5)
+    await (await host.websocket("ada")).nothing_came()
+    assert (await first.ack(id))["type"] == "acked"
+
+
 async def test_without_a_queue_nobody_is_nobody(start: StartServer) -> None:
     host = await start(queue={"enabled": False})
     answer = await host.publish(user("ada"))

@@ -113,6 +113,29 @@ async def test_a_key_with_a_rate_of_its_own(start: StartServer) -> None:
     assert told(await host.post(PUBLISH, EVENT))[:2] == (200, 199)
 
 
+@pytest.mark.parametrize("junk_first", [True, False])
+@pytest.mark.parametrize(
+    ("name", "junk", "value"),
+    [
+        ("X-API-Key", "junk", PUBLISH_KEY),
+        ("Authorization", "Bearer junk", f"Bearer {PUBLISH_KEY}"),
+    ],
+)
+async def test_no_key_beside_another_escapes_its_rate(
+    start_on: StartServer, name: str, junk: str, value: str, junk_first: bool
+) -> None:
+    host = await limited(start_on, auth={"api_keys": KEYS})
+    given = [(name, junk), (name, value)]
+    headers = given if junk_first else given[::-1]
+    body = json.dumps(EVENT)
+    for path, content in ((PUBLISH, body), (f"{PUBLISH}/batch", " " * 20_000 + body)):
+        for _ in range(2):
+            response = await host.http.post(path, content=content, headers=headers)
+            assert response.status_code == 401
+            assert told(response)[0] == 200  # the address's
+    assert told(await host.post(PUBLISH, EVENT, key=PUBLISH_KEY))[:2] == (3, 2)
+
+
 async def test_both_lanes_take_from_one_bucket_and_answer_alike(start_on: StartServer) -> None:
     host = await limited(
         start_on, ratelimit={"http_requests_per_second": 1, "http_burst": 4}, auth=NO_KEYS

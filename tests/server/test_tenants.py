@@ -92,6 +92,20 @@ class TestWhoSpeaksForWhom:
         for path in ("/stats", "/api/v1/stats/acks", "/api/v1/templates"):
             assert problem(await host.get(path, key=OPERATOR)) == (400, "BAD_REQUEST")
 
+    async def test_the_same_idempotency_key_is_another_one_for_each(
+        self, start: StartServer
+    ) -> None:
+        host = await start(**given())
+        body = {"target": user("u1"), **EVENT, "ttl": 60}
+        listeners = [await host.websocket(jwt=of(name)) for name in ("acme", "globex")]
+        for name in ("acme", "globex"):
+            headers = {"X-Tenant-ID": name, "Idempotency-Key": "k"}
+            answer = await host.post("/api/v1/notifications", body, key=OPERATOR, headers=headers)
+            assert answer.json()["delivered_to"] == 1
+            assert "Idempotent-Replay" not in answer.headers
+        for listener in listeners:
+            await listener.expect("notification")
+
     @pytest.mark.parametrize(
         "name", ["a:b", "{x}", "a|b", "a/b", "a b", "", "a%3Ab", "*", "x" * 65, "ü", "a\tb"]
     )

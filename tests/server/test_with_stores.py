@@ -81,6 +81,24 @@ async def test_a_redis_that_would_give_up_what_it_keeps_is_warned_of(
         redis_server.command("ACL", "DELUSER", "narrow")
 
 
+async def test_the_pool_of_postgres_is_as_it_was_set(
+    postgres_url: str, start_on: StartServer
+) -> None:
+    host = await start_on(
+        queue={"backend": "postgres"},
+        postgres={"url": postgres_url, "pool_max": 3, "statement_cache_size": 0},
+    )
+    await host.publish(user("away"))
+    postgres = host.notifyd._backends.postgres
+    assert postgres is not None
+    pool = postgres._pool
+    assert pool is not None
+    assert pool.get_max_size() == 3
+    async with pool.acquire() as connection:
+        # Behind a transaction pooler it would be another session's.
+        assert await connection.fetchval("SELECT count(*) FROM pg_prepared_statements") == 0
+
+
 async def test_a_schema_that_lacks_migrations_stops_the_start(
     postgres_url: str, start_on: StartServer, tmp_path: Path
 ) -> None:

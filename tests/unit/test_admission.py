@@ -50,7 +50,13 @@ class TestToken:
                 [(b"sec-websocket-protocol", b"bearer.s"), (b"authorization", b"Bearer h")],
                 "h",
             ),
-            # An empty one is one that does not hold, and not none at all.
+            # Of two, neither one is believed.
+            (
+                b"",
+                [(b"authorization", b"Bearer h"), (b"authorization", b"Bearer i")],
+                "h,i",
+            ),
+            # An empty one is an invalid one, and not none at all.
             (b"token=", [(b"authorization", b"Bearer h")], ""),
         ],
     )

@@ -13,7 +13,7 @@ from starlette.requests import HTTPConnection
 from notifyd.app import Notifyd, sockets_of
 from notifyd.connections.admission import Handshake
 from notifyd.connections.connection import State
-from notifyd.errors import ConfigurationError, NotFound, ValidationError
+from notifyd.errors import ConfigurationError, NotFound, Unavailable, ValidationError
 from notifyd.identity import Identity
 from notifyd.options import (
     AckSettings,
@@ -22,8 +22,10 @@ from notifyd.options import (
     ChannelSettings,
     CorsSettings,
     QueueSettings,
+    RateLimitSettings,
     ServerSettings,
     Settings,
+    TenantSettings,
     WebSocketSettings,
 )
 from tests.unit.connected import SECRET, Clock, RecordingSink, RecordingStream
@@ -163,6 +165,39 @@ class TestLife:
                 lambda: metrics.queue_expired_total.value == 1 == metrics.ack_expired_total.value
             )
             assert notifyd.metrics.queue_messages.value == 0
+
+    async def test_who_has_not_called_for_long_is_forgotten_by_the_rate_limits(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("notifyd.app.SWEEP_SECONDS", 0.001)
+        clock = Clock()
+        notifyd = Notifyd(settings(ratelimit=RateLimitSettings(enabled=True)), clock=clock)
+        async with notifyd.lifespan():
+            limits = notifyd._backends.rate_limits
+            assert limits is not None
+            limits.request_by_address("192.0.2.1")
+            buckets = notifyd._backends._local_limits
+            assert sum(map(len, buckets)) == 1
+            clock.now += 1000
+            await until(lambda: not any(map(len, buckets)))
+
+    async def test_where_tenants_cannot_be_loaded_nothing_stays_open(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        notifyd = Notifyd(settings(tenant=TenantSettings(enabled=True)))
+        closed = asyncio.Event()
+
+        async def load() -> None:
+            raise Unavailable("The store is away.")
+
+        async def aclose() -> None:
+            closed.set()
+
+        monkeypatch.setattr(notifyd.tenants, "load", load)
+        monkeypatch.setattr(notifyd._backends, "aclose", aclose)
+        with pytest.raises(ConfigurationError, match=r"tenant: .*The store is away"):
+            await notifyd.start()
+        assert closed.is_set()
 
 
 class TestWiring:

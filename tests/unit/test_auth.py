@@ -296,7 +296,7 @@ def test_secrets_newest_and_older(algorithm: str) -> None:
     now(both.verify(signed(key=SECRET, algorithm=algorithm)))
     now(both.verify(signed(key=OLD_SECRET, algorithm=algorithm)))
     error = refusal(both, signed(key="x" * 64, algorithm=algorithm))
-    assert error.message == "The token's signature does not hold."
+    assert error.message == "The token's signature is invalid."
 
 
 @pytest.mark.parametrize(
@@ -593,6 +593,14 @@ def test_revocation(size: int) -> None:
     now(checked.verify(signed(sub="u2", iat=NOW - 10)))
     checked.revoke("acme", "u2", NOW)
     now(checked.verify(signed(sub="u2", iat=NOW - 10)))
+
+
+def test_of_a_whole_tenant_where_no_user_was_revoked() -> None:
+    checker = verifier(jwt_secret=SECRET)
+    token = signed(iat=NOW)
+    assert now(checker.verify(token)).user_id == "u1"
+    checker.revoke_all("default", NOW)
+    assert refusal(checker, token).message == "The token was revoked."
 
 
 def test_an_earlier_revocation_does_not_lift_a_later_one() -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import gc
 import weakref
 
+import pytest
+
 from notifyd.connections.connection import MAX_LEFT_TO_LOG, TAKERS_PER_HOLDER, HeldTogether
 from notifyd.connections.lifecycle import TOO_SLOW
 from notifyd.connections.outbox import Bounds
@@ -59,6 +61,21 @@ class TestHolding:
             device.lose()
         assert pending(world) == []
         assert world.confirmations.held == 0
+
+    @pytest.mark.parametrize("acking", [0, 1])
+    def test_it_is_settled_in_the_log_where_only_one_device_got_it_from_there(
+        self, acking: int
+    ) -> None:
+        world = World()
+        devices = [world.connect(acks=True)]
+        notification = a_notification()
+        world.send("u1", notification)
+        # As by another node, which was sent the same.
+        world.logs.enqueue("default", ("u1",), notification)
+        devices.append(world.connect(acks=True))
+        assert [device.held() for device in devices] == [[notification.id]] * 2
+        devices[acking].say("Ack", notification_id=notification.id)
+        assert pending(world) == []
 
     def test_it_goes_to_the_log_with_the_last_that_held_it_in_order(self) -> None:
         world = World()

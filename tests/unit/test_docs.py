@@ -40,7 +40,7 @@ ROOT = DOCS.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 TEXTS = {page.name: page.read_text("utf-8") for page in PAGES}
 
-ACCESS = {"anybody": "open", "anybody, here": "open"}
+ACCESS = {"anybody": "open", "anybody, from this machine": "open"}
 OWN_TO_HTTP = {"INVALID_MESSAGE", "UNSUPPORTED_FORMAT", "SUBSCRIPTION_ERROR", "INVALID_ACK"}
 
 

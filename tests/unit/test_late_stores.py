@@ -58,6 +58,14 @@ class LateLogs:
         return self._later("settle", lambda: self._logs.settle(*args, **options))
 
 
+class LateAnswers(LateLogs):
+    """What is written arrives at once, and only the answer is late."""
+
+    def enqueue(self, *args: Any) -> Eventually[Sequence[Rejection | None]]:
+        rejections = self._logs.enqueue(*args)
+        return self._later("enqueue", lambda: rejections)
+
+
 async def turns() -> None:
     """Whatever goes on by itself has gone on."""
     for _ in range(20):
@@ -67,8 +75,8 @@ async def turns() -> None:
 class Late:
     """A world over such a store, and a publisher who sends to u1."""
 
-    def __init__(self, *, store_first: bool = False) -> None:
-        self.logs = LateLogs()
+    def __init__(self, *, store_first: bool = False, logs: LateLogs | None = None) -> None:
+        self.logs = logs or LateLogs()
         loop = asyncio.get_running_loop()
         self.world = World(logs=self.logs, store_first=store_first, loop=loop)
 
@@ -183,6 +191,24 @@ async def test_a_page_does_not_bring_again_what_was_acked_since_it_was_asked_for
     await late.logs.answer("read")
     assert client.read_types() == ["acked"]
     assert late.world.confirmations._settled_during_replay == {}
+
+
+async def test_stored_first_it_does_not_come_again_after_a_replay_has_brought_it() -> None:
+    late = Late(store_first=True, logs=LateAnswers())
+    client = await late.connected(acks=True)
+    receipt = late.send()
+    await turns()
+    late.world.replayer.again(client.connection)
+    await turns()
+    await late.logs.answer("read")
+    (id,) = client.read_notifications()
+    client.say("Ack", notification_id=id)
+    await turns()
+    await late.logs.answer("settle")
+    assert client.read_types() == ["acked"]
+    await late.logs.answer_all()
+    assert (await receipt).notification_id == id
+    assert client.read_notifications() == []
 
 
 async def test_a_page_does_not_bring_again_what_is_being_settled() -> None:

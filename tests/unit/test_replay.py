@@ -8,6 +8,7 @@ import pytest
 
 from notifyd.connections.connection import MAX_LEFT_OUT, State, Transport
 from notifyd.connections.outbox import Bounds
+from notifyd.connections.replay import READERS, _Readers
 from notifyd.notification import Audience, Notification, Target
 from notifyd.queue.base import Page, entry_bytes
 from tests.unit.connected import Connected, RecordingSink, World, a_notification
@@ -382,6 +383,22 @@ class TestAgain:
         staying.lose()
         await asyncio.wait_for(asyncio.gather(*world.tasks), 5)
         assert world.replayer._again == {}
+
+
+class TestReaders:
+    @pytest.mark.parametrize("patient", [False, True])
+    async def test_one_that_is_cancelled_when_its_turn_has_come_lets_the_next_one(
+        self, patient: bool
+    ) -> None:
+        readers = _Readers()
+        assert all(readers.enter_at_once() for _ in range(READERS))
+        waiting = asyncio.ensure_future(readers.enter(patient=patient))
+        await asyncio.sleep(0)
+        readers.leave(answered=True)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert readers.enter_at_once()
 
 
 class TestFailing:
