@@ -77,6 +77,7 @@ async def test_local_deliveries_go_on_while_redis_hangs_and_the_cluster_is_whole
 
     await asyncio.to_thread(redis_server.cont)
     await until(lambda: all(cluster_of(host).well for host in nodes), "Redis", 20)
+    await found_on(nodes[1], "carl")
     answer = await nodes[1].publish(user("carl"))
     assert (answer["outcome"], answer["delivered_to"]) == ("delivered", 1)
     answer = await nodes[0].publish(channel("news"), payload="again")
@@ -84,6 +85,13 @@ async def test_local_deliveries_go_on_while_redis_hangs_and_the_cluster_is_whole
     got = [await there.receive()]
     while got[-1].get("payload") != "again":
         got.append(await there.receive())
+
+
+async def found_on(node: Host, user_id: str) -> None:
+    """Where a user is connected is known to this node."""
+    async with asyncio.timeout(10):
+        while not (await node.get(f"/api/v1/cluster/users/{user_id}")).json().get("nodes"):
+            pass
 
 
 def lose_everything(server: RedisServer, node: Host) -> None:
@@ -421,9 +429,9 @@ async def test_what_a_silent_node_lost_is_not_lost_with_the_end_of_the_sender(
     assert logs is not None
     enqueue = logs.enqueue
 
-    async def enqueue_later(*given: Any) -> Any:
+    async def enqueue_later(*given: Any, **how: Any) -> Any:
         await asyncio.sleep(0.2)
-        return await settled(enqueue(*given))
+        return await settled(enqueue(*given, **how))
 
     monkeypatch.setattr(logs, "enqueue", enqueue_later)
     await nodes[0].shut_down()
@@ -490,12 +498,12 @@ async def test_what_was_confirmed_is_not_stored_again_where_the_store_did_not_sa
             away.setattr(writes, "retry", nothing_renewed)
         enqueue = logs.enqueue
 
-        async def enqueue_unheard(*given: Any) -> Any:
+        async def enqueue_unheard(*given: Any, **how: Any) -> Any:
             away.setattr(logs, "enqueue", unavailable)
-            await settled(enqueue(*given))
+            await settled(enqueue(*given, **how))
             raise Unavailable("no answer", retry_after=1)
 
-        async def unavailable(*given: Any) -> Any:
+        async def unavailable(*given: Any, **how: Any) -> Any:
             raise Unavailable("away", retry_after=1)
 
         away.setattr(logs, "enqueue", enqueue_unheard)

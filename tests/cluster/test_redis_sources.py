@@ -59,7 +59,7 @@ class Processes:
     def _holder(self) -> NodeProcess | None:
         for node in self.nodes:
             told = [line for line in node.log.read_text().splitlines() if "the trigger" in line]
-            if told and "has the trigger" in told[-1]:
+            if told and "runs the trigger now" in told[-1]:
                 return node
         return None
 
