@@ -202,12 +202,15 @@ class RedisStream:
                     if loop.time() >= look_at:
                         await self._take_over_all(TAKE_OVER_SECONDS)
                         look_at = loop.time() + TAKE_OVER_SECONDS
+                        continue
                     self._reading = self._read()
                 await asyncio.wait([self._reading])
                 reading, self._reading = self._reading, None
                 entries = [] if reading.cancelled() else reading.result()
                 if entries:
-                    if loop.time() < look_at:
+                    # Who wakes up from a stall may have lost the lease in it: what it read now
+                    # would be found by the next holder only behind what came later.
+                    if loop.time() < look_at and self._may_work():
                         self._reading = self._read()
                     await self._work(entries)
         finally:

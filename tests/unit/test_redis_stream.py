@@ -331,3 +331,30 @@ def test_an_id_follows_from_the_entrys() -> None:
         assert re.fullmatch(
             r"[0-9a-f]{8}-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", each
         )
+
+
+async def test_who_lost_the_lease_in_a_stall_reads_no_further(reading: Reading) -> None:
+    """What is read then, the next holder would find behind what came later."""
+    stream, reads = reading.stream, 0
+    read = stream._read
+
+    def read_and_lose() -> asyncio.Future[Any]:
+        nonlocal reads
+        reads += 1
+        found = read()
+        found.add_done_callback(lambda _: setattr(reading.lease, "held", False))
+        return found
+
+    stream._read = read_and_lose  # type: ignore[method-assign]  # the stall
+    stream._count = 2
+    for n in range(4):
+        await reading.add(n)
+    stream.start()
+    await until(lambda: not reading.lease.held and not stream._busy)
+    await until(lambda: stream._reading is None)
+    assert (reads, await reading.deliveries(), reading.sent) == (1, [1, 1], [])
+    reading.lease.held = True
+    stream._read = read  # type: ignore[method-assign]  # it has the lease again
+    reading.lease.back.set()
+    await until(lambda: reading.sent == [0, 1, 2, 3])
+    await reading.acknowledged()
