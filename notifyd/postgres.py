@@ -124,6 +124,7 @@ class Postgres:
         self._statement_cache_size = statement_cache_size
         self._clock = clock
         self._logged_at = -_LOG_SECONDS
+        self._silent = False
         self._log = structlog.get_logger("notifyd")
         self._guarded = Guarded(
             breaker,
@@ -274,6 +275,11 @@ class Postgres:
     async def _begun(self, pool: asyncpg.Pool) -> Connection:
         """A connection with a transaction begun. One that was lost while it was idle shows only
         now, when nothing was done with it yet: once, a new one takes its place."""
+        if self._silent:
+            # One was not answered in time. Where the network forgot it, it forgot the others too,
+            # and each of them would be found out only by another timeout.
+            self._silent = False
+            await pool.expire_connections()
         try:
             return await self._begun_on(await pool.acquire(), pool)
         except _LOST:
@@ -309,6 +315,7 @@ class Postgres:
 
     def _failed(self, error: Exception) -> None:
         self.up = False
+        self._silent = self._silent or isinstance(error, TimeoutError)
         now = self._clock()
         if now - self._logged_at >= _LOG_SECONDS:
             self._logged_at = now
