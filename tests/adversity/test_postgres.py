@@ -15,7 +15,8 @@ import pytest
 from notifyd.errors import ConfigurationError, Unavailable
 from notifyd.options import BreakerSettings
 from notifyd.postgres import Migration, Postgres
-from notifyd.queue.postgres import EMPTY_LOG_SECONDS, MIGRATIONS, PostgresUserLogs
+from notifyd.queue.postgres import MIGRATIONS, PostgresUserLogs
+from notifyd.queue.postgres.logs import EMPTY_LOG_SECONDS
 from notifyd.resilience import BreakerState, CircuitBreaker
 from tests.contract.backends import a_notification
 from tests.stores import PostgresServer, Proxy, TransactionPooler, proxy, schema

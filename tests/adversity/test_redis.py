@@ -444,7 +444,7 @@ class TestHousekeeping:
     async def test_a_key_of_a_dead_node_becomes_free(
         self, redis: Redis, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("notifyd.queue.redis.LEASE_SECONDS", 0.05)
+        monkeypatch.setattr("notifyd.queue.redis.idempotency.LEASE_SECONDS", 0.05)
         monkeypatch.setattr(RedisIdempotencyKeys, "lost", lambda self, claim: None)
         keys = RedisIdempotencyKeys(redis, RedisKeys("test"), window_seconds=60)
         scope = ("acme", "backend", "/send", "k")

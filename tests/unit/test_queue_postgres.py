@@ -10,36 +10,36 @@ from pathlib import Path
 
 import pytest
 
-import notifyd.queue.postgres
+import notifyd.queue
 from notifyd.errors import Unavailable
 from notifyd.idempotency import key_scope
 from notifyd.identifiers import new_uuid
 from notifyd.options import BreakerSettings
 from notifyd.postgres import Postgres
-from notifyd.queue.postgres import (
+from notifyd.queue.postgres.calls import MIGRATIONS, QUERIES, ROWS_PER_BATCH
+from notifyd.queue.postgres.idempotency import _digest
+from notifyd.queue.postgres.ledger import (
     MAX_NOTES_BYTES,
-    MIGRATIONS,
-    QUERIES,
-    ROWS_PER_BATCH,
     PostgresAckLedger,
+    _Confirm,
+    _Expect,
+    _take_ledger_calls,
+)
+from notifyd.queue.postgres.logs import (
     Room,
     _admit,
-    _Confirm,
-    _digest,
     _Enqueue,
     _Erase,
-    _Expect,
     _Item,
     _Log,
     _Settle,
-    _take_ledger_calls,
     _take_writes,
     _Write,
 )
 from notifyd.resilience import CircuitBreaker
 from tests.unit.connected import NOW, a_notification
 
-SQL = Path(notifyd.queue.postgres.__file__).parent / "sql"
+QUEUE = Path(notifyd.queue.__file__).parent
 
 
 def an_enqueue(*users: str, size: int = 100) -> _Enqueue:
@@ -196,9 +196,9 @@ class TestMakingRoom:
 
 class TestFiles:
     def test_every_query_has_a_sentence_and_is_used(self) -> None:
-        text = (SQL / "queries.sql").read_text()
+        text = (QUEUE / "sql" / "queries.sql").read_text()
         described = re.findall(r"^-- name: ([a-z_]+)\n-- [A-Z]", text, re.MULTILINE)
-        code = Path(notifyd.queue.postgres.__file__).read_text()
+        code = "".join(each.read_text() for each in (QUEUE / "postgres").glob("*.py"))
         used = re.findall(r'QUERIES\["([a-z_]+)"\]', code)
         assert described == list(QUERIES)
         assert set(used) == set(QUERIES)

@@ -1,0 +1,33 @@
+"""Loading the scripts, and the times that they are given."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+from notifyd.redis_client import Script, Word
+
+Clock = Callable[[], float]
+
+
+def load_script(name: str, *before: str) -> Script:
+    folder = files("notifyd.queue") / "lua"
+    sources = [(folder / f"{each}.lua").read_bytes() for each in (*before, name)]
+    return Script(name, b"\n".join(sources))
+
+
+def milliseconds(clock: Clock | None) -> Word:
+    """The time to give to a script: none, it asks Redis."""
+    return "" if clock is None else int(clock() * 1000)
+
+
+def microseconds(clock: Clock | None) -> Word:
+    return "" if clock is None else int(clock() * 1_000_000)
+
+
+def retrieve(future: asyncio.Future[Any]) -> None:
+    """For a call whose failure changes nothing; the client has logged it."""
+    if not future.cancelled():
+        future.exception()
