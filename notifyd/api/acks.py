@@ -9,9 +9,9 @@ import msgspec
 from msgspec import Meta
 
 from notifyd.api.channels import Time
-from notifyd.api.decoding import Decoder
 from notifyd.api.guard import Description, Endpoint, Guard, Request
 from notifyd.connections.admission import Admission, Handshake
+from notifyd.decoding import Decoder
 from notifyd.dispatch.confirmation import AckAnswer, Confirmations
 from notifyd.errors import NotFound, Unauthorized, ValidationError
 from notifyd.eventually import Eventually, then

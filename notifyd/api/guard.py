@@ -740,6 +740,22 @@ def idempotency_key_text(key: bytes, field: str) -> str:
     return key.decode("latin-1")
 
 
+def field_key(request: Request, key: str | None) -> str | None:
+    """The idempotency key of the body, if it is to be looked at beside the header's."""
+    if key is None:
+        return None
+    text = idempotency_key_text(key.encode(), "idempotency_key")
+    if request.idempotency_key is None:
+        return text
+    if text != request.idempotency_key:
+        raise ValidationError(
+            "The header Idempotency-Key and the field idempotency_key differ.",
+            field="idempotency_key",
+            constraint="the same as the header, or one of the two",
+        )
+    return None
+
+
 def _whole(result: msgspec.Struct | None, status: int) -> Answer:
     if type(result) is Answer:
         return result

@@ -15,15 +15,7 @@ from notifyd.api.acks import Acks
 from notifyd.api.channels import Channels
 from notifyd.api.cluster import ClusterStatusApi
 from notifyd.api.demo import Demo
-from notifyd.api.guard import (
-    Answer,
-    Description,
-    Endpoint,
-    Guard,
-    Headers,
-    Request,
-    too_large,
-)
+from notifyd.api.guard import Answer, Description, Endpoint, Guard, Headers, Request, too_large
 from notifyd.api.health import Operations, Phase
 from notifyd.api.notifications import Publishing
 from notifyd.api.openapi import openapi_endpoint

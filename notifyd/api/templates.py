@@ -9,9 +9,9 @@ import msgspec
 from msgspec import Meta, Raw
 
 from notifyd.api.channels import Time
-from notifyd.api.decoding import Decoder
 from notifyd.api.guard import Description, Endpoint, Guard, Request
-from notifyd.api.notifications import EventType, PriorityName, Ttl, priority_named
+from notifyd.compose import EventType, PriorityName, Ttl, priority_named
+from notifyd.decoding import Decoder
 from notifyd.errors import ValidationError
 from notifyd.eventually import Eventually, then
 from notifyd.identifiers import timestamp_text

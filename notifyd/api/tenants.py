@@ -7,11 +7,11 @@ from itertools import chain
 
 import msgspec
 
-from notifyd.api.decoding import Decoder
 from notifyd.api.guard import Description, Endpoint, Guard, Request
 from notifyd.api.others import Others
 from notifyd.api.stats import ConnectionTotals
 from notifyd.connections.registry import Registry
+from notifyd.decoding import Decoder
 from notifyd.errors import Forbidden, NotFound, Unavailable
 from notifyd.tenants import Figures, LimitChanges, TenantLimits
 

@@ -9,15 +9,16 @@ import msgspec
 from msgspec import Meta
 
 from notifyd.api.channels import Time
-from notifyd.api.decoding import Decoder
 from notifyd.api.guard import Answer, Description, Endpoint, Guard, Request, encode
-from notifyd.api.notifications import MAX_CHANNELS, UserId, checked_names
+from notifyd.api.notifications import UserId
 from notifyd.api.others import Device as FoundDevice
 from notifyd.api.others import Others, device_of
 from notifyd.auth import TokenVerifier
+from notifyd.compose import MAX_CHANNELS, checked_names
 from notifyd.connections.connection import Connection
 from notifyd.connections.lifecycle import Lifecycle
 from notifyd.connections.registry import Registry
+from notifyd.decoding import Decoder
 from notifyd.errors import Forbidden, NotFound
 from notifyd.eventually import Eventually, then
 from notifyd.identifiers import canonical_uuid, timestamp_text

@@ -26,6 +26,13 @@ from notifyd.connections.connection import Connection, State
 from notifyd.connections.outbox import Flusher
 from notifyd.connections.registry import Registry, TenantConnections
 from notifyd.dispatch.confirmation import Confirmations
+from notifyd.dispatch.receipts import (
+    joined,
+    receipt_of_many,
+    receipt_of_one,
+    receipt_of_queued,
+    with_others,
+)
 from notifyd.dispatch.repeats import Repeats
 from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.dispatch.targets import (
@@ -48,8 +55,6 @@ from notifyd.notification import (
 )
 from notifyd.queue.base import AckLedger, Rejection, UserLogs
 from notifyd.wire import Message, notification_message
-
-BEST_FIRST = tuple(Outcome)
 
 _BY_ONE = RecipientResult(Outcome.DELIVERED, 1)
 
@@ -308,7 +313,9 @@ class Dispatcher:
         exclude: str | None,
     ) -> Eventually[Receipt]:
         if self._stores_first(notification):
-            return self._store_then_send(tenant_name, (user_id,), notification, exclude, _only)
+            return self._store_then_send(
+                tenant_name, (user_id,), notification, exclude, receipt_of_one
+            )
         outcome, connections = Outcome.NOBODY, 0
         if user_id in tenant.users:
             message = message or notification_message(notification)
@@ -332,7 +339,7 @@ class Dispatcher:
         if self._logs is None or not notification.storable:
             return Receipt(notification.id, Outcome.NOBODY)
         stored = self._enqueue(self._logs, tenant_name, (user_id,), notification)
-        return then(stored, lambda rejections: _queued_receipt(notification.id, rejections[0]))
+        return then(stored, lambda rejections: receipt_of_queued(notification.id, rejections[0]))
 
     def _expect(
         self,
@@ -425,7 +432,9 @@ class Dispatcher:
     ) -> Eventually[Receipt]:
         if self._stores_first(notification):
             distinct = tuple(dict.fromkeys(user_ids))
-            return self._store_then_send(tenant_name, distinct, notification, exclude, _combined)
+            return self._store_then_send(
+                tenant_name, distinct, notification, exclude, receipt_of_many
+            )
         message = message or notification_message(notification)
         started = perf_counter()
         results: dict[str, RecipientResult] = {}
@@ -493,7 +502,7 @@ class Dispatcher:
     ) -> Eventually[Receipt]:
         """`away` are those among the recipients who are to be queued for."""
         if not away or self._logs is None or not notification.storable:
-            return _combined(notification.id, results)
+            return receipt_of_many(notification.id, results)
 
         def with_queued(rejections: Sequence[Rejection | None]) -> Receipt:
             for user_id, rejection in zip(away, rejections, strict=True):
@@ -502,7 +511,7 @@ class Dispatcher:
                     if rejection is None
                     else RecipientResult(Outcome.FAILED, reason=rejection)
                 )
-            return _combined(notification.id, results)
+            return receipt_of_many(notification.id, results)
 
         logs = self._logs
         stored = rescue(
@@ -721,7 +730,7 @@ class Dispatcher:
         def sent(there: Elsewhere) -> Eventually[Receipt]:
             if connections and there.nodes:
                 self._confirmations.is_shared(tenant_name, user_id, notification.id)
-            result = _joined(RecipientResult(outcome, connections), there)
+            result = joined(RecipientResult(outcome, connections), there)
             if result.outcome is Outcome.NOBODY:
                 return self._queue(tenant_name, user_id, notification)
             routed = there.routed
@@ -756,7 +765,7 @@ class Dispatcher:
                 here = results[user_id]
                 if here.connections:
                     self._confirmations.is_shared(tenant_name, user_id, notification.id)
-                results[user_id] = _joined(here, there)
+                results[user_id] = joined(here, there)
             away = [each for each, result in results.items() if result.outcome is Outcome.NOBODY]
             return self._queue_for_many(tenant_name, notification, results, away)
 
@@ -796,7 +805,7 @@ class Dispatcher:
                 there = UNKNOWN if found is None else found.get(user_id, NOWHERE)
                 if there.nodes and results[user_id].outcome is Outcome.DELIVERED:
                     self._confirmations.is_shared(tenant_name, user_id, notification.id)
-                result = results[user_id] = _joined(results[user_id], there)
+                result = results[user_id] = joined(results[user_id], there)
                 queued = result.outcome is Outcome.QUEUED and not there.queued
                 if queued and there.known and user_id in uncertain:
                     # There is nobody but who was left out.
@@ -835,7 +844,7 @@ class Dispatcher:
 
         def sent(there: Spreading) -> None:
             if not receipt.done():
-                receipt.set_result(_with_others(here, there))
+                receipt.set_result(with_others(here, there))
 
         cluster.to_connected(tenant_name, target, notification, exclude=exclude, done=sent)
         return receipt
@@ -955,74 +964,3 @@ def _copy(receipt: asyncio.Future[Receipt], ended: asyncio.Future[Receipt]) -> N
         receipt.set_exception(error)
     else:
         receipt.set_result(ended.result())
-
-
-def _joined(here: RecipientResult, there: Elsewhere) -> RecipientResult:
-    """What became of a recipient, here and on other nodes."""
-    delivered = here.connections + there.delivered
-    if delivered:
-        return RecipientResult(Outcome.DELIVERED, delivered)
-    if there.routed:
-        return RecipientResult(Outcome.ROUTED, there.routed)
-    if there.filtered and here.outcome is Outcome.NOBODY:
-        return RecipientResult(Outcome.FILTERED)
-    return here
-
-
-def _with_others(here: Receipt, there: Spreading) -> Receipt:
-    """What became of a notification to who is connected, here and on other nodes."""
-    delivered = here.delivered_to + there.delivered
-    if delivered:
-        outcome = Outcome.DELIVERED
-    elif there.silent:
-        outcome = Outcome.ROUTED
-    elif there.filtered:
-        outcome = Outcome.FILTERED
-    else:
-        outcome = here.outcome
-    channels = here.channels
-    if channels is not None and there.channels:
-        joined = zip(channels.items(), there.channels, strict=True)
-        channels = {name: count + more for (name, count), more in joined}
-    return Receipt(here.notification_id, outcome, delivered, there.silent, channels=channels)
-
-
-def _only(notification_id: str, results: dict[str, RecipientResult]) -> Receipt:
-    """The receipt of a single recipient."""
-    (result,) = results.values()
-    return Receipt(
-        notification_id,
-        result.outcome,
-        delivered_to=0 if result.outcome is Outcome.ROUTED else result.connections,
-        routed=result.connections if result.outcome is Outcome.ROUTED else 0,
-        queued=int(result.outcome is Outcome.QUEUED),
-        failed=int(result.outcome is Outcome.FAILED),
-        reason=result.reason,
-    )
-
-
-def _queued_receipt(notification_id: str, rejection: Rejection | None) -> Receipt:
-    if rejection is None:
-        return Receipt(notification_id, Outcome.QUEUED, queued=1)
-    return Receipt(notification_id, Outcome.FAILED, failed=1, reason=rejection)
-
-
-def _combined(notification_id: str, results: dict[str, RecipientResult]) -> Receipt:
-    """The receipt of several recipients; the best of their outcomes is the call's."""
-    outcomes = [result.outcome for result in results.values()]
-    present = set(outcomes)
-    return Receipt(
-        notification_id,
-        next(outcome for outcome in BEST_FIRST if outcome in present),
-        delivered_to=sum(
-            result.connections
-            for result in results.values()
-            if result.outcome is not Outcome.ROUTED
-        ),
-        routed=sum(
-            result.connections for result in results.values() if result.outcome is Outcome.ROUTED
-        ),
-        queued=outcomes.count(Outcome.QUEUED),
-        failed=outcomes.count(Outcome.FAILED),
-        results=results,
-    )

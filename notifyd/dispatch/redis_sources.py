@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import structlog
 
-from notifyd.api.notifications import Composer
 from notifyd.cluster.lease import Lease
 from notifyd.cluster.router import Cluster
+from notifyd.compose import Composer
 from notifyd.dispatch import redis_stream, redis_trigger
 from notifyd.dispatch.dispatcher import Dispatcher
 from notifyd.dispatch.redis_stream import BLOCK_SECONDS, RedisStream

@@ -19,8 +19,8 @@ import msgspec
 import structlog
 from msgspec import Meta
 
-from notifyd.api.decoding import Decoder
-from notifyd.api.notifications import (
+from notifyd.cluster.lease import Lease
+from notifyd.compose import (
     MAX_USERS,
     MAX_USERS_BYTES,
     MISSING,
@@ -29,7 +29,7 @@ from notifyd.api.notifications import (
     excluded,
     target_of,
 )
-from notifyd.cluster.lease import Lease
+from notifyd.decoding import Decoder
 from notifyd.dispatch.dispatcher import Dispatcher
 from notifyd.errors import BadRequest, NotifydError, PayloadTooLarge, Unavailable, ValidationError
 from notifyd.eventually import Eventually, is_awaitable, settled

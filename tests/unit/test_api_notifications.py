@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from notifyd.api.batches import NO_ID
 from notifyd.api.guard import Request
-from notifyd.api.notifications import NO_ID
 from notifyd.errors import NotFound, Unavailable, ValidationError
 from notifyd.eventually import Eventually, settled
 from notifyd.templates import MemoryTemplates, Template

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notifyd.api import notifications
+from notifyd.api import batches as batch_calls
 from notifyd.connections.connection import Connection
 from notifyd.errors import Unavailable
 from notifyd.idempotency import FallbackIdempotencyKeys, MemoryIdempotencyKeys
@@ -143,7 +143,7 @@ class World:
 
 async def both_accounts(content: bytes) -> tuple[str, str]:
     together = await World().account(content)
-    with patch.object(notifications, "_whole_batch", lambda data: None):
+    with patch.object(batch_calls, "_whole_batch", lambda data: None):
         one_by_one = await World().account(content)
     return together["text"], one_by_one["text"]
 
@@ -184,7 +184,7 @@ async def test_each_kind_of_item_between_plain_ones(item: object) -> None:
 async def test_plain_items_are_sent_in_one_call(count: int) -> None:
     world = World()
     content = body_of([to("alone")] * count, spaced=True, ascii=True)
-    with patch.object(notifications.Publishing, "_item", side_effect=AssertionError):
+    with patch.object(batch_calls.Batches, "_item", side_effect=AssertionError):
         answer = (await world.server.publish("/batch", None, content=content)).json()
     assert answer["summary"]["total_delivered"] == count
 

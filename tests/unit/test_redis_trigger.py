@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from notifyd.api.notifications import Composer
+from notifyd.compose import Composer
 from notifyd.dispatch.redis_trigger import BadMessages, Intake, RedisTrigger, Said, said_by
 from notifyd.errors import Unavailable, ValidationError
 from notifyd.eventually import Eventually

@@ -7,14 +7,10 @@ from typing import Literal
 import msgspec
 import pytest
 
-from notifyd.api.decoding import Decoder
-from notifyd.api.notifications import (
-    AudienceBody,
-    BatchBody,
-    ChannelBody,
-    NotificationBody,
-    SendToUsersBody,
-)
+from notifyd.api.batches import BatchBody
+from notifyd.api.notifications import ChannelBody, SendToUsersBody
+from notifyd.compose import AudienceBody, NotificationBody
+from notifyd.decoding import Decoder
 from notifyd.errors import BadRequest, ValidationError
 
 decode = Decoder(ChannelBody)
