@@ -610,6 +610,22 @@ class Host:
         self._clients.push_async_callback(_hang_up, writer)
         return reader, writer
 
+    def handshake(
+        self, user_id: str | None = "u1", *, jwt: str | None = None, query: str = ""
+    ) -> bytes:
+        """What a client sends to open a WebSocket."""
+        head = [
+            f"GET /ws{f'?{query}' if query else ''} HTTP/1.1",
+            f"Host: {self.authority}",
+            "Upgrade: websocket",
+            "Connection: Upgrade",
+            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+            "Sec-WebSocket-Version: 13",
+        ]
+        if jwt is not None or user_id is not None:
+            head.append(f"Authorization: Bearer {jwt or token(str(user_id))}")
+        return "\r\n".join([*head, "", ""]).encode()
+
     async def raw_websocket(
         self,
         user_id: str | None = "u1",
@@ -621,17 +637,7 @@ class Host:
     ) -> RawWebSocket:
         """A WebSocket that answers nothing by itself, after its handshake."""
         reader, writer = await self.raw(receive_buffer)
-        head = [
-            f"GET /ws{f'?{query}' if query else ''} HTTP/1.1",
-            f"Host: {self.authority}",
-            "Upgrade: websocket",
-            "Connection: Upgrade",
-            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-            "Sec-WebSocket-Version: 13",
-        ]
-        if jwt is not None or user_id is not None:
-            head.append(f"Authorization: Bearer {jwt or token(str(user_id))}")
-        writer.write("\r\n".join([*head, "", ""]).encode())
+        writer.write(self.handshake(user_id, jwt=jwt, query=query))
         async with asyncio.timeout(WAIT):
             answer = await reader.readuntil(b"\r\n\r\n")
         assert answer.startswith(b"HTTP/1.1 101 "), answer

@@ -12,14 +12,23 @@ import contextlib
 import socket
 import ssl
 from asyncio import Future, Task, TimerHandle
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import inf
+from time import perf_counter
 from typing import Protocol, cast
 
 import structlog
 
 MANY_LEFT = 2000
 """So many sockets fewer, and at most half of what there were: the system gets their memory back."""
+
+NEW_SECONDS = 0.004
+"""What fresh sockets say first, a handshake most often, is heard for so long in one turn of the
+event loop; the others wait for the next. A thousand who connect at once would else keep everybody
+else waiting until the last of them is in."""
 
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 5\r\n"
@@ -82,6 +91,9 @@ class Door:
         self._timer: TimerHandle | None = None
         self._log = structlog.get_logger("notifyd.server")
         self._full = False
+        # Who has spoken and was not heard yet, in order; and until when this turn hears somebody.
+        self._line: deque[Callable[[], None]] = deque()
+        self._heard_until = 0.0
 
     def start(self) -> None:
         """Begin to sweep."""
@@ -110,6 +122,29 @@ class Door:
     def leave(self) -> None:
         """A socket is gone."""
         self.sockets -= 1
+
+    def hears(self) -> bool:
+        """Whether what a fresh socket says is heard at once, and not by `hear_later`."""
+        if not self._heard_until:
+            self._heard_until = perf_counter() + NEW_SECONDS
+            self.loop.call_soon(self._hear_next)
+        return not self._line and perf_counter() < self._heard_until
+
+    def hear_later(self, be_heard: Callable[[], None]) -> None:
+        """Call this when all who came before have been heard."""
+        self._line.append(be_heard)
+
+    def _hear_next(self) -> None:
+        line = self._line
+        if not line:
+            self._heard_until = 0.0
+            return
+        self.loop.call_soon(self._hear_next)
+        self._heard_until = perf_counter() + NEW_SECONDS
+        while line:
+            line.popleft()()
+            if perf_counter() >= self._heard_until:
+                break
 
     def detach(self) -> None:
         """A socket went over from HTTP to a protocol of its own."""
@@ -173,6 +208,21 @@ class Doorman(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
+        if self._door.hears():
+            self._hand_over(transport, data)
+        else:
+            # What it says meanwhile stays with the kernel.
+            transport.pause_reading()
+            self.deadline = inf
+            self._door.hear_later(partial(self._be_heard, transport, data))
+
+    def _be_heard(self, transport: asyncio.Transport, data: bytes) -> None:
+        """Its turn came."""
+        if not transport.is_closing():
+            transport.resume_reading()
+            self._hand_over(transport, data)
+
+    def _hand_over(self, transport: asyncio.Transport, data: bytes) -> None:
         self._door.waiting.pop(self, None)
         guest = self._make_guest()
         guest.connection_made(transport)

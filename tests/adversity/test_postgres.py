@@ -513,7 +513,7 @@ async def test_what_cannot_be_read_is_set_aside_and_the_rest_is_read(url: str) -
     reasons: list[str] = []
     async with store(url) as postgres:
         logs = user_logs(postgres)
-        logs._on_corrupt = reasons.append
+        logs._corrupt._on_corrupt = reasons.append
         notifications = [a_notification() for _ in range(5)]
         for each in notifications:
             await logs.enqueue("acme", ("ann",), each)

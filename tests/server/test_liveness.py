@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from notifyd.server import door
 from notifyd.server.serve import listen
 from tests.conftest import StartServer
 from tests.front_door import WAIT, Host, RawWebSocket, Transport, channel, token, until, user
@@ -72,6 +73,41 @@ async def test_who_is_silent_is_closed_and_who_answers_pings_is_not(start_on: St
     await host.publish(user("bob"))
     await stream.expect("notification")
     assert await host.metric("connections_closed_total", transport="websocket", reason="idle") == 1
+
+
+async def test_many_who_connect_at_once_keep_nobody_else_waiting(
+    start_on: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is in is answered between them; a thousand handshakes take a third of a second."""
+    monkeypatch.setattr(door, "NEW_SECONDS", 0.0)  # one in a turn of the event loop
+    host = await start_on("sockets")
+    ada = await host.raw_websocket("ada")
+    fresh = [await host.raw() for _ in range(60)]
+    for number, (_, writer) in enumerate(fresh):
+        writer.write(host.handshake(f"u{number}"))
+    ada.send_frame(9, b"still there?")
+    assert await ada.receive_frame() == (10, b"still there?")
+    assert len(host.notifyd._registry) < 30
+    for reader, _ in fresh:
+        async with asyncio.timeout(WAIT):
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+    assert len(host.notifyd._registry) == 61
+
+
+async def test_who_leaves_while_waiting_to_be_heard_is_forgotten(
+    start_on: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "NEW_SECONDS", 0.0)
+    host = await start_on("sockets")
+    fresh = [await host.raw() for _ in range(20)]
+    for number, (_, writer) in enumerate(fresh):
+        writer.write(host.handshake(f"u{number}"))
+        if number % 2:
+            writer.transport.abort()
+    for reader, _ in fresh[::2]:
+        async with asyncio.timeout(WAIT):
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+    await until(lambda: len(host.notifyd._registry) == 10, "those who stayed")
 
 
 async def open_and_stop_reading(host: Host, transport: Transport, **claims: Any) -> RawWebSocket:
