@@ -267,8 +267,8 @@ def holding(bench: Bench) -> Rows:
 # ------------------------------------------------------------------ who returns
 
 
-def _queue_for(bench: Bench, server: Server, users: Sequence[str]) -> None:
-    """A hundred notifications for each user, who is away."""
+def _queue_for(bench: Bench, server: Server, users: Sequence[str], each: int) -> None:
+    """So many notifications for each user, who is away."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     headers = {"X-API-Key": bench.notifyd.key, "Content-Type": "application/json"}
     for first in range(0, len(users), 100):
@@ -277,7 +277,7 @@ def _queue_for(bench: Bench, server: Server, users: Sequence[str]) -> None:
             for user in users[first : first + 100]
         ]
         body = json.dumps({"notifications": items})
-        for _ in range(QUEUED):
+        for _ in range(each):
             connection.request("POST", "/api/v1/notifications/batch", body, headers)
             answer = connection.getresponse()
             summary = json.loads(answer.read())["summary"]
@@ -313,7 +313,7 @@ def _return(bench: Bench, server: Server, user: str) -> float:
 def _returns(bench: Bench, kept: Kept, name: str) -> list[float]:
     users = [f"{name}-{number}" for number in range(10 if bench.quick else 100)]
     with bench.notifyd.server(kept.settings()) as server:
-        _queue_for(bench, server, users)
+        _queue_for(bench, server, users, QUEUED)
         # The first ones warm up what both sides only do once.
         return [_return(bench, server, user) * 1e3 for user in users][2:]
 
@@ -371,7 +371,7 @@ def _storm(bench: Bench, kept: Kept, name: str) -> Storm:
     )
     found: list[ProbeResult] = []
     with bench.notifyd.server(kept.settings()) as server, ExitStack() as stack:
-        _queue_for(bench, server, [f"{name}-{number:05d}" for number in range(count)])
+        _queue_for(bench, server, [f"{name}-{number:05d}" for number in range(count)], QUEUED)
 
         def probe() -> None:
             path = bench.notifyd.probe_path()
@@ -394,7 +394,7 @@ def _storm(bench: Bench, kept: Kept, name: str) -> Storm:
 def outage(bench: Bench) -> Rows:
     """99 % of the notifications to a hundred connected users take so long at most, at 1,000 single
     sends a second, with everything in Redis, and in PostgreSQL: the store stopped (SIGSTOP) as they
-    begin, against the store well."""
+    begin, when all users have read their queues, against the store well."""
     for kind in STORES:
         yield _outage(bench, kind)
 
@@ -414,12 +414,15 @@ def _outage(bench: Bench, kind: Kind) -> Row:
 
 def _p99_of_sends(bench: Bench, kept: Kept, *, stopped: bool, name: str = "user") -> float:
     assert kept.store is not None
-    subscribers = bench.notifyd.subscribers("ws", 100, channel=False, name=name)
+    paths = bench.notifyd.subscribers("ws", 100, channel=False, name=name).paths
+    # Who is still about to read his queue waits a second for a store that stopped, and so does what
+    # is live behind it: that is no online publishing yet.
+    subscribers = Subscribers("ws", paths, ready='"caught_up"')
     sends = bench.notifyd.single_sends(publishers=PUBLISHERS, rate=1_000, name=name)
-    with (
-        bench.notifyd.server(kept.settings()) as server,
-        bench.load.fan(server.port, subscribers, sends, seconds=bench.seconds) as session,
-    ):
+    with bench.notifyd.server(kept.settings()) as server, ExitStack() as stack:
+        _queue_for(bench, server, [f"{name}-{number:05d}" for number in range(100)], 1)
+        fan = bench.load.fan(server.port, subscribers, sends, seconds=bench.seconds)
+        session = stack.enter_context(fan)
         if stopped:
             kept.store.stop()
         try:
