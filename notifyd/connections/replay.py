@@ -273,6 +273,7 @@ class Replayer:
             # Also after a fault of ours: what is live must not wait for ever.
             self._let_go(connection)
             self._end(connection)
+        self._confirmations.ask_replayed(connection)
         self._ask_patiently(connection)
 
     def _ask_patiently(self, connection: Connection) -> None:
@@ -290,6 +291,7 @@ class Replayer:
         finally:
             self._let_go(connection)
             self._end(connection)
+        self._confirmations.ask_replayed(connection)
         if not was_patient:
             self._ask_patiently(connection)
 
@@ -474,6 +476,7 @@ class Replayer:
     def _finish(self, connection: Connection, replayed: int) -> None:
         self._tell_caught_up(connection, replayed)
         self._let_go(connection)
+        self._confirmations.ask_replayed(connection)
 
     def _tell_caught_up(self, connection: Connection, replayed: int) -> None:
         if replayed and connection.state is State.OPEN:

@@ -34,6 +34,10 @@ ASK_AT = 128
 Ping and its Pong cost what a delivery costs.
 """
 
+ASK_REPLAYED_AT = 16
+"""With so many from a replay it is asked when that is over. Else a thousand who returned together
+would confirm together, and what others want of the store would wait behind all of it."""
+
 LOOK_EVERY = 8
 """One in this many notifications to many users looks for connections that have ASK_AT."""
 
@@ -689,6 +693,17 @@ class Confirmations:
         self._to_ask[connection] = None
         unconfirmed = connection.unconfirmed
         if unconfirmed is not None and len(unconfirmed) >= ASK_AT and connection.asked is None:
+            self._ask_early((connection,))
+
+    def ask_replayed(self, connection: Connection) -> None:
+        """A replay is over, and what it brought is written."""
+        unconfirmed = connection.unconfirmed
+        if (
+            unconfirmed is not None
+            and len(unconfirmed) >= ASK_REPLAYED_AT
+            and connection in self._to_ask
+            and connection.asked is None
+        ):
             self._ask_early((connection,))
 
     def ask_waiting(self) -> None:

@@ -34,10 +34,10 @@ local function confirm(record, pending)
     if before == 'a' or (before == 't' and how == 't') then
         return -1
     end
-    local since = redis.call('ZSCORE', pending, user)
-    if since then
-        redis.call('ZREM', pending, user)
-        confirmed = confirmed + 1
+    local since
+    if before == 'p' then
+        since = how == 'a' and redis.call('ZSCORE', pending, user)
+        confirmed = confirmed + redis.call('ZREM', pending, user)
     end
     redis.call('HSET', record, user, how .. string.format('%.0f', now))
     if how == 'a' then

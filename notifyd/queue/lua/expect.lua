@@ -11,6 +11,9 @@ local stats, order, due = unpack(KEYS)
 local now, timeout, keep, max_size = time(ARGV[1]), tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local records, pendings = ARGV[5], ARGV[6]
 local size, waiting = 0, 0
+-- Scores and members for what all notifications share, each written once.
+local ordered, late = {}, {}
+local PART = 500
 
 local at = 7
 while at <= #ARGV do
@@ -18,23 +21,29 @@ while at <= #ARGV do
     local last = at + 2 + tonumber(ARGV[at + 2])
     local record, pending = records .. member, pendings .. member
     at = last + 1
-    if redis.call('HSETNX', record, 's', now) == 1 then
-        size = size + 1
-        redis.call('ZADD', order, now, member)
+    local known = redis.call('HMGET', record, 's', 'n',
+        unpack(ARGV, first, math.min(first + PART - 1, last)))
+    local before = 2
+    local new, changes = not known[1], {}
+    if new then
+        changes = {'s', now}
         if kind == 'anyone' then
-            redis.call('HSET', record, 'n', 0)
+            changes = {'s', now, 'n', 0}
+            size = size - 1
         end
+        ordered[#ordered + 1] = now
+        ordered[#ordered + 1] = member
     end
     -- What anybody may ack expects nobody in particular later either.
-    if redis.call('HEXISTS', record, 'n') == 1 then
+    if known[2] then
         last = first - 1
     end
-    for from = first, last, 500 do
-        local users = {unpack(ARGV, from, math.min(from + 499, last))}
-        local states = redis.call('HMGET', record, unpack(users))
-        local changes, scores, returned = {}, {}, {}
-        for each, user in ipairs(users) do
-            local state = states[each]
+    local from = first
+    while from <= last or #changes > 0 do
+        local to = math.min(from + PART - 1, last)
+        local scores, returned = {}, {}
+        for each = from, to do
+            local user, state = ARGV[each], known[each - from + 1 + before]
             if kind == 'queued' then
                 if not state or state == 'p' then
                     changes[#changes + 1] = user
@@ -52,19 +61,38 @@ while at <= #ARGV do
         end
         if #changes > 0 then
             size = size + redis.call('HSET', record, unpack(changes))
+            changes = {}
         end
         if #returned > 0 then
             waiting = waiting - redis.call('ZREM', pending, unpack(returned))
         end
         if #scores > 0 then
-            waiting = waiting + redis.call('ZADD', pending, unpack(scores))
+            local added = redis.call('ZADD', pending, unpack(scores))
+            if added > 0 then
+                waiting = waiting + added
+                redis.call('PEXPIRE', pending, keep)
+            end
+        end
+        from = to + 1
+        if from <= last then
+            known = redis.call('HMGET', record, unpack(ARGV, from, math.min(from + PART - 1, last)))
+            before = 0
         end
     end
     if kind == 'sent' and last >= first then
-        redis.call('ZADD', due, 'LT', now + timeout, member)
+        late[#late + 1] = now + timeout
+        late[#late + 1] = member
     end
-    redis.call('PEXPIRE', record, keep)
-    redis.call('PEXPIRE', pending, keep)
+    if new then
+        -- It is let go of so long after it was sent first; nothing prolongs that.
+        redis.call('PEXPIRE', record, keep)
+    end
+end
+if #ordered > 0 then
+    redis.call('ZADD', order, unpack(ordered))
+end
+if #late > 0 then
+    redis.call('ZADD', due, 'LT', unpack(late))
 end
 count(stats, 'pending', waiting)
 for _, key in ipairs(KEYS) do

@@ -23,8 +23,10 @@ if after == 0 then
     end
 end
 
--- Each rank's part of the order goes by offset; merged they are the log.
+-- Each rank's part of the order goes by offset; merged they are the log. Entries are fetched some at a
+-- time: few at first, for large ones soon fill a page.
 local PART = 100
+local FEW, MANY = 4, 32
 local heads = {}
 
 local function part_of(rank, behind)
@@ -35,12 +37,29 @@ end
 
 local function look_at(head, part)
     head.part, head.at, head.offset = part, 1, part[2] % RANK
+    head.entries, head.fetched = {}, 0
+end
+
+local function entry_at(head)
+    local number = (head.at + 1) / 2
+    if number > head.fetched then
+        local ids = {}
+        for each = head.at, math.min(head.at + 2 * head.fetch, #head.part) - 1, 2 do
+            ids[#ids + 1] = head.part[each]
+        end
+        for each, entry in ipairs(redis.call('HMGET', log, unpack(ids))) do
+            head.entries[head.fetched + each] = entry
+        end
+        head.fetched = head.fetched + #ids
+        head.fetch = math.min(2 * head.fetch, MANY)
+    end
+    return head.entries[number]
 end
 
 for rank = 0, 3 do
     local part = part_of(rank, after)
     if #part > 0 then
-        local head = {rank = rank}
+        local head = {rank = rank, fetch = FEW}
         look_at(head, part)
         heads[#heads + 1] = head
     end
@@ -71,7 +90,7 @@ while #heads > 0 do
     end
     local head = heads[which]
     local id = head.part[head.at]
-    local entry = redis.call('HGET', log, id)
+    local entry = entry_at(head)
     if not entry or expires_at(entry) <= now then
         dead[#dead + 1] = id
         if not entry then
