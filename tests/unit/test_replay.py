@@ -47,6 +47,27 @@ class TestStart:
         assert world.tasks == []
         assert world.metrics.queue_replayed_total.value == 3
 
+    def test_who_got_many_is_asked_behind_them(self) -> None:
+        """And not at the tick, with all others who returned."""
+        world = World()
+        queue(world, 20)
+        client = world.connect()
+        assert client.connection.asked is not None
+        assert len(client.connection.asked[1]) == 20
+        few = queue(world, 3, "u2")
+        other = world.connect("u2")
+        assert other.held() == few
+        assert other.connection.asked is None
+        assert world.connect("u3").connection.asked is None
+
+    async def test_who_got_many_in_pages_is_asked_behind_the_last(self) -> None:
+        world = a_world()
+        ids = queue(world, 21)
+        client = world.connect()
+        await world.tasks_done()
+        assert client.connection.asked is not None
+        assert client.connection.asked[1] == tuple(ids)
+
     def test_a_stream_gets_the_same(self) -> None:
         world = World()
         ids = queue(world, 2)
