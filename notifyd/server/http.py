@@ -175,6 +175,7 @@ class HttpProtocol(HttpToolsProtocol):
     _in_head = False
     _head_bytes = 0
     _head_began = False
+    _counts = False
     _ended = False
     _upgrades = False
     _upgrade_ignored = False
@@ -237,6 +238,8 @@ class HttpProtocol(HttpToolsProtocol):
                 self.transport.close()
             return
         self._head_began = self._ended = False
+        # A head that begins and ends in less than it may have need not be counted.
+        self._counts = len(data) > MAX_HEAD_BYTES
         in_trailer = self._trailer
         try:
             try:
@@ -309,17 +312,17 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         """A piece of the request's target."""
-        if self._head_began:
+        if self._counts and self._head_began:
             self._head_bytes += len(url)
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self._refusal = _head_too_large()
-            raise self._refusal
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refusal = _head_too_large()
+                raise self._refusal
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header. As uvicorn does it, in one call."""
         headers = self.headers
-        if self._head_began:
+        if self._counts and self._head_began:
             self._head_bytes += len(name) + len(value) + 4
         if self._head_bytes > MAX_HEAD_BYTES or len(headers) >= MAX_HEADERS:
             self._refusal = _head_too_large()
@@ -416,13 +419,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _takes_fast_lane(self, endpoint: Endpoint) -> bool:
         parser = self.parser
-        if (
-            not parser.should_keep_alive()
-            or parser.should_upgrade()
-            or parser.get_http_version() != "1.1"
-        ):
-            return False
-        if self._busy():
+        if not parser.should_keep_alive() or parser.get_http_version() != "1.1" or self._busy():
             return False
         length = -1
         hosts = 0
