@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 
+_MAPPED = "::ffff:"
+
 
 class TrustedProxies:
     """The addresses and networks of `server.forwarded_allow_ips`; `*` trusts every peer."""
@@ -21,6 +23,8 @@ class TrustedProxies:
         A peer that is not trusted is the client itself, whatever it claims. Header names are in
         lower case.
         """
+        if peer.startswith(_MAPPED):
+            peer = str(_parsed(peer))
         hops: list[str] = []
         for name, value in headers:
             if name == b"x-forwarded-for":
@@ -41,10 +45,19 @@ class TrustedProxies:
         if self._everybody:
             return True
         try:
-            parsed = ipaddress.ip_address(address)
+            parsed = _parsed(address)
         except ValueError:
             return False
         return any(parsed in network for network in self._networks)
+
+
+def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An address, of IPv4 where it is one of IPv4 within IPv6 (RFC 4291, section 2.5.5.2), as a
+    socket of both has it. Raises ValueError."""
+    parsed = ipaddress.ip_address(address)
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+        return parsed.ipv4_mapped
+    return parsed
 
 
 def _bare(hop: str) -> str | None:
@@ -55,6 +68,6 @@ def _bare(hop: str) -> str | None:
     elif text.count(":") == 1:
         text = text.partition(":")[0]
     try:
-        return str(ipaddress.ip_address(text))
+        return str(_parsed(text))
     except ValueError:
         return None

@@ -13,6 +13,8 @@ import pytest
 from websockets.exceptions import InvalidStatus
 
 from notifyd.queue.memory import MemoryUserLogs
+from notifyd.server.serve import listen
+from tests import front_door
 from tests.conftest import StartServer
 from tests.front_door import (
     ADMIN_KEY,
@@ -466,6 +468,19 @@ async def test_a_trusted_proxy_tells_the_address(start: StartServer) -> None:
     await strict.websocket("ada", headers=forwarded)
     found = (await strict.get("/api/v1/users/ada/connections")).json()["connections"]
     assert [device["address"] for device in found] == ["127.0.0.1"]
+
+
+async def test_a_trusted_proxy_is_so_too_where_both_families_share_a_socket(
+    start_on: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that listens on :: has it as ::ffff:127.0.0.1."""
+    monkeypatch.setattr(front_door, "listen", lambda _, *given: listen("::", *given))
+    host = await start_on(server={"forwarded_allow_ips": ["127.0.0.0/8"]})
+    await host.websocket("ada", headers={"X-Forwarded-For": "192.0.2.1"})
+    await host.websocket("ben")
+    for user_id, address in (("ada", "192.0.2.1"), ("ben", "127.0.0.1")):
+        found = (await host.get(f"/api/v1/users/{user_id}/connections")).json()["connections"]
+        assert [device["address"] for device in found] == [address]
 
 
 async def test_the_description_of_the_api_names_every_route(host: Host) -> None:

@@ -60,5 +60,15 @@ class TestClientAddress:
     def test_an_ipv6_network(self) -> None:
         assert client(["2001:db8::/32"], "2001:db8::5", "192.0.2.1") == "192.0.2.1"
 
+    def test_ipv4_within_ipv6_is_ipv4(self) -> None:
+        """As a server that listens on :: has the peers that come by IPv4."""
+        assert client([PROXY], f"::ffff:{PROXY}", "192.0.2.1") == "192.0.2.1"
+        assert client(["198.51.100.0/24"], f"::ffff:{PROXY}", "::FFFF:192.0.2.1") == "192.0.2.1"
+        assert client([PROXY], "::ffff:203.0.113.9", "192.0.2.1") == "203.0.113.9"
+        assert client([], "::ffff:203.0.113.9") == "203.0.113.9"
+        assert client([PROXY, OTHER_PROXY], PROXY, f"192.0.2.1, ::ffff:{OTHER_PROXY}") == (
+            "192.0.2.1"
+        )
+
     def test_an_empty_entry_trusts_nobody(self) -> None:
         assert client([""], "203.0.113.9", "192.0.2.1") == "203.0.113.9"
