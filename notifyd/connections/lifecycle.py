@@ -42,7 +42,7 @@ from notifyd.identity import Identity
 from notifyd.metrics import Metrics
 from notifyd.names import channel_name
 from notifyd.ratelimit.base import RateExceeded, Verdict
-from notifyd.ratelimit.limits import RateLimits
+from notifyd.ratelimit.limits import RateLimits, network
 from notifyd.ratelimit.messages import MessageBudget
 from notifyd.tenants import TenantLimits
 
@@ -190,7 +190,7 @@ class Lifecycle:
                 "The server holds as many connections as it may.", retry_after=LIMIT_RETRY_AFTER
             )
         if identity is None:
-            here = self._authenticating_per_address.get(handshake.address, 0)
+            here = self._authenticating_per_address.get(network(handshake.address), 0)
             if (
                 len(self._authenticating) >= MAX_AUTHENTICATING
                 or here >= MAX_AUTHENTICATING_PER_ADDRESS
@@ -266,7 +266,7 @@ class Lifecycle:
         return connection
 
     def _await_auth(self, connection: Connection) -> None:
-        address = connection.address
+        address = network(connection.address)
         here = self._authenticating_per_address.get(address, 0)
         self._authenticating_per_address[address] = here + 1
         self._authenticating[connection] = self._flusher.loop.call_later(
@@ -282,11 +282,12 @@ class Lifecycle:
         if timer is None:
             return
         timer.cancel()
-        left = self._authenticating_per_address[connection.address] - 1
+        address = network(connection.address)
+        left = self._authenticating_per_address[address] - 1
         if left:
-            self._authenticating_per_address[connection.address] = left
+            self._authenticating_per_address[address] = left
         else:
-            del self._authenticating_per_address[connection.address]
+            del self._authenticating_per_address[address]
 
     def _open(
         self, connection: Connection, identity: Identity, channels: Sequence[str] = ()

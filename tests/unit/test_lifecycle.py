@@ -126,6 +126,20 @@ class TestRoom:
         assert world.lifecycle._authenticating_per_address == {}
         assert world.lifecycle._authenticating == {}
 
+    def test_the_addresses_of_one_network_are_one(self) -> None:
+        """Whoever has IPv6 has 2**64 of them, and could keep everybody else from waiting."""
+        world = World()
+        waiting = [
+            world.connect(anonymous=True, address=f"2001:db8::{n:x}")
+            for n in range(MAX_AUTHENTICATING_PER_ADDRESS)
+        ]
+        with pytest.raises(ConnectionLimit):
+            world.lifecycle.check_room(coming(address="2001:db8::ffff"), None)
+        world.lifecycle.check_room(coming(address="2001:db8:0:1::1"), None)
+        for each in waiting:
+            each.lose()
+        assert world.lifecycle._authenticating_per_address == {}
+
     def test_too_many_silent_ones_in_all(self) -> None:
         world = World(limits=limits_of(max_connections=10_000))
         for n in range(MAX_AUTHENTICATING):
