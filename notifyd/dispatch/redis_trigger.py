@@ -42,6 +42,7 @@ from notifyd.idempotency import (
     fingerprint,
     key_scope,
 )
+from notifyd.identifiers import canonical_uuid
 from notifyd.log import RateLimitedLog
 from notifyd.metrics import Metrics
 from notifyd.notification import Notification, Receipt, Target
@@ -61,6 +62,8 @@ CLOSE_SECONDS = 2.0
 AGAIN_SECONDS = 1.0
 
 SOURCE = "redis"
+
+Claim: TypeAlias = Fresh | Replay | Wait
 
 TenantOf: TypeAlias = Callable[[str | None], str]
 """The tenant of a message that names this one, or none; raises NotifydError."""
@@ -190,36 +193,69 @@ class Intake:
         keyed = content.id is not None or content.idempotency_key is not None
         if not keyed and isinstance(notification, Notification):
             return Ready(tenant, receivers, notification, exclude)
-        return self._prepare_later(tenant, receivers, content, notification, exclude, data)
+        claims = self._claim(tenant, content, data)
+        return self._prepare_later(tenant, receivers, notification, exclude, claims)
+
+    def _claim(
+        self, tenant: str, content: Content, data: bytes
+    ) -> list[Eventually[Claim] | NotifydError]:
+        """Ask for all keys of a message at once, before anything is awaited.
+
+        So the first of several that are alike has all of them, and those behind wait for it. If two
+        had one each, the first would wait for what is sent only behind it.
+        """
+        keys = []
+        if content.id is not None:
+            keys.append(("id", canonical_uuid(content.id)))
+        if content.idempotency_key is not None:
+            keys.append(("key", content.idempotency_key))
+        claims: list[Eventually[Claim] | NotifydError] = []
+        for kind, key in keys:
+            try:
+                scope = key_scope(tenant, "", f"{self._source} {kind}", key)
+                claim = self._keys.claim(scope, fingerprint(data), alone=self._alone)
+            except NotifydError as error:
+                claims.append(error)
+                continue
+            if is_awaitable(claim):
+                claim = asyncio.ensure_future(claim)
+                claim.add_done_callback(_retrieve)
+            claims.append(claim)
+        return claims
 
     async def _prepare_later(
         self,
         tenant: str,
         target: Target,
-        content: Content,
         built: Eventually[Notification],
         exclude: str | None,
-        data: bytes,
+        asked: Sequence[Eventually[Claim] | NotifydError],
     ) -> Ready | None:
-        notification = await settled(built)
-        keys = []
-        if content.id is not None:
-            keys.append(("id", notification.id))
-        if content.idempotency_key is not None:
-            keys.append(("key", content.idempotency_key))
+        refusal: NotifydError | None = None
         claims: list[Fresh | Wait] = []
-        for kind, key in keys:
-            scope = key_scope(tenant, "", f"{self._source} {kind}", key)
-            claim: Fresh | Replay | Wait
+        before = False
+        for each in asked:
+            claim: Claim
             try:
-                claim = await settled(self._keys.claim(scope, fingerprint(data), alone=self._alone))
-            except NotifydError:
-                await _abandon(claims)
-                raise
+                if isinstance(each, NotifydError):
+                    raise each
+                claim = await settled(each)
+            except NotifydError as error:
+                refusal = refusal or error
+                continue
             if isinstance(claim, Replay):
-                await _abandon(claims)
-                return None
-            claims.append(claim)
+                before = True
+            else:
+                claims.append(claim)
+        try:
+            notification = await settled(built)
+        except NotifydError as error:
+            refusal = error
+        if refusal is not None or before:
+            await _abandon(claims)
+            if refusal is not None:
+                raise refusal
+            return None
         return Ready(tenant, target, notification, exclude, claims)
 
     async def first(self, ready: Ready) -> bool:
@@ -231,7 +267,7 @@ class Intake:
                 try:
                     outcome = await claim.outcome()
                 except NotifydError:
-                    await _abandon(ready.claims)
+                    await _abandon([*claims, *ready.claims])
                     raise
                 if isinstance(outcome, Replay):
                     await _abandon([*claims, *ready.claims])

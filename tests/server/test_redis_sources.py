@@ -240,6 +240,39 @@ class TestForms:
         await websocket.nothing_came()
         assert bad(host) == 0
 
+    @pytest.mark.parametrize("way", ["channel", "stream"])
+    @pytest.mark.parametrize("of_a_template", [False, True])
+    async def test_what_comes_twice_at_once_with_two_keys_holds_up_nothing(
+        self,
+        start_on: StartServer,
+        sources: dict[str, Any],
+        publisher: Publisher,
+        way: str,
+        of_a_template: bool,
+    ) -> None:
+        """Each of the two would have one key, and wait for the other's."""
+        own = {**sources, "key_prefix": f"test-{uuid4().hex}"}
+        host = await start_on(redis=own, queue={"backend": "redis"})
+        await subscribed(host)
+        content: dict[str, Any] = EVENT
+        if of_a_template:
+            template = {"id": "t", "name": "t", "event_type": "e", "payload_template": {"n": 1}}
+            await host.post("/api/v1/templates", template)
+            content = {"template_id": "t"}
+        websocket = await host.websocket("u1")
+        message = {"type": "user", "target": "u1", **content, "id": ID, "idempotency_key": "k"}
+        last = {"type": "user", "target": "u1", "event_type": "last", "payload": 1}
+        async with publisher.client.pipeline(transaction=True) as pipe:
+            for each in (message, message, last):
+                if way == "stream":
+                    pipe.xadd(STREAM, {"data": text(each)})
+                else:
+                    pipe.publish(USER, text(each))
+            await pipe.execute()
+        told = await websocket.notifications(2)
+        assert (told[0]["id"], told[1]["event_type"]) == (ID, "last")
+        await websocket.nothing_came()
+
 
 JUNK: list[Any] = [
     b"",
