@@ -74,10 +74,16 @@ class RedisSources:
             cluster.answers[LEASE_GIVEN_UP] = self._told_that_it_was_given_up
         bad = BadMessages(metrics)
 
-        def intake(source: str, *, alone: bool) -> Intake:
+        def intake(source: str, *, alone: bool, again: bool = False) -> Intake:
             compose = Composer(templates, source="redis", clock=clock, new_id=new_uuid)
             return Intake(
-                dispatcher, compose, idempotency, source=source, alone=alone, tenant_of=tenant_of
+                dispatcher,
+                compose,
+                idempotency,
+                source=source,
+                alone=alone,
+                again=again,
+                tenant_of=tenant_of,
             )
 
         self.trigger: RedisTrigger | None = None
@@ -99,7 +105,7 @@ class RedisSources:
             self.stream = RedisStream(
                 redis,
                 redis.another(timeout=settings.command_timeout_seconds + BLOCK_SECONDS),
-                intake(redis_stream.SOURCE, alone=True),
+                intake(redis_stream.SOURCE, alone=True, again=True),
                 metrics,
                 bad,
                 ledger,

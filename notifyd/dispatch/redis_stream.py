@@ -22,7 +22,7 @@ from typing import Any
 import structlog
 
 from notifyd.cluster.lease import Lease
-from notifyd.dispatch.redis_trigger import BadMessages, Intake, Ready, Said
+from notifyd.dispatch.redis_trigger import BadMessages, Intake, Ready, Said, unavailable
 from notifyd.errors import BadRequest, NotifydError, Unavailable
 from notifyd.eventually import Eventually, settled
 from notifyd.log import RateLimitedLog
@@ -75,20 +75,33 @@ _AHEAD = 60_000
 class _Entry:
     """An entry and what becomes of it.
 
-    `attempts` counts how often it was dispatched and failed; `ready` is there once some recipients
-    have it and others are to be tried again; `problem` says why it is a dead letter.
+    `attempts` counts how often it was dispatched and failed; `left` are those among its recipients
+    who are to be tried again, None where all are; `problem` says why it is a dead letter. One that
+    was `taken_over` may have been dispatched to some by another.
     """
 
-    __slots__ = ("attempts", "data", "fields", "forgiven", "id", "problem", "ready")
+    __slots__ = (
+        "attempts",
+        "data",
+        "fields",
+        "forgiven",
+        "id",
+        "left",
+        "problem",
+        "taken_over",
+    )
 
-    def __init__(self, id: bytes, deliveries: int, fields: Sequence[bytes]) -> None:
+    def __init__(
+        self, id: bytes, deliveries: int, fields: Sequence[bytes], *, taken_over: bool = False
+    ) -> None:
         self.id = id
         self.attempts = deliveries - 1
         self.fields = fields
         self.data = _data(fields)
         self.forgiven = False
+        self.left: tuple[str, ...] | None = None
         self.problem: str | None = None
-        self.ready: Ready | None = None
+        self.taken_over = taken_over
 
 
 def _new_entries(answer: list[list[Any]] | None) -> list[_Entry]:
@@ -240,7 +253,7 @@ class RedisStream:
             )
             if not answer:
                 return
-            entries = [_Entry(*each) for each in answer if each[2] is not None]
+            entries = [_Entry(*each, taken_over=True) for each in answer if each[2] is not None]
             if len(entries) < len(answer):
                 self._away.warning(
                     "entries were trimmed off the stream before they were dispatched",
@@ -291,7 +304,15 @@ class RedisStream:
                         prepared.cancel()
                     continue
                 try:
-                    receipt = await self._send(entry, prepared)
+                    checked = await self._checked(prepared)
+                    if checked is not None and checked.waits:
+                        # For one before it, of which it must be known whether it stays.
+                        await self._look_at_all(pending, done, left)
+                        if left:
+                            left.add(entry)
+                            await self._intake.give_up(checked)
+                            continue
+                    receipt = None if checked is None else await self._send(entry, checked)
                 except Exception as error:  # noqa: BLE001  # one entry's, which is told
                     again = self._fails(entry, error)
                 else:
@@ -308,12 +329,21 @@ class RedisStream:
                     until = time.monotonic() + TURN_SECONDS
             self._look_at(pending, done, left)
             await self._acknowledge_some(done)
+        await self._look_at_all(pending, done, left)
+        return [entry for entry in entries if entry in left]
+
+    async def _look_at_all(
+        self,
+        pending: dict[_Entry, asyncio.Future[Receipt]],
+        done: list[_Entry],
+        left: set[_Entry],
+    ) -> None:
+        """`_look_at` until nothing is pending."""
         while pending:
             await asyncio.wait(pending.values(), timeout=ACKNOWLEDGE_SECONDS)
             self._look_at(pending, done, left)
             if pending:
                 await self._acknowledge_some(done)
-        return [entry for entry in entries if entry in left]
 
     def _look_at(
         self,
@@ -336,8 +366,6 @@ class RedisStream:
 
     def _prepared(self, entry: _Entry) -> Ready | asyncio.Future[Ready | None] | NotifydError:
         """The entry as a notification, now or once it is known; or why it is none."""
-        if entry.ready is not None:
-            return entry.ready
         if entry.data is None:
             return BadRequest("The entry has no field data.")
         if entry.attempts >= MAX_DELIVERIES:
@@ -357,21 +385,24 @@ class RedisStream:
         later: Eventually[Ready | None] = ready
         return asyncio.ensure_future(settled(later))
 
-    async def _send(
-        self, entry: _Entry, prepared: Ready | asyncio.Future[Ready | None] | NotifydError
-    ) -> Eventually[Receipt] | None:
-        """Dispatch; None where it was dispatched before, by its id or idempotency key."""
+    @staticmethod
+    async def _checked(
+        prepared: Ready | asyncio.Future[Ready | None] | NotifydError,
+    ) -> Ready | None:
+        """What was prepared; None where it came before."""
         if isinstance(prepared, NotifydError):
             raise prepared
-        ready = prepared if isinstance(prepared, Ready) else await prepared
-        if ready is None:
-            return None
+        return prepared if isinstance(prepared, Ready) else await prepared
+
+    async def _send(self, entry: _Entry, ready: Ready) -> Eventually[Receipt] | None:
+        """Dispatch; None where it was dispatched before, by its id or idempotency key."""
         if ready.claims and not await self._intake.first(ready):
             return None
-        if entry.attempts and not await self._anybody_left(ready):
+        if entry.left is not None:
+            ready.target = Target(ready.target.type, entry.left)
+        elif (entry.attempts or entry.taken_over) and not await self._anybody_left(ready):
             await self._intake.finish(ready)
             return None
-        entry.ready = ready
         return self._intake.send(ready)
 
     async def _anybody_left(self, ready: Ready) -> bool:
@@ -390,19 +421,13 @@ class RedisStream:
 
     def _stays(self, entry: _Entry, receipt: Receipt) -> bool:
         """Whether there are recipients whose store was away; the others have it."""
-        ready = entry.ready
-        results = receipt.results
-        if ready is None or not results or not receipt.failed:
-            return False
-        left = tuple(name for name, each in results.items() if each.reason == "unavailable")
+        left = unavailable(receipt)
         if left:
-            ready.target = Target(ready.target.type, left)
-            ready.claims = ()
+            entry.left = left
         return bool(left)
 
     def _fails(self, entry: _Entry, error: BaseException) -> bool:
         """Whether an entry that failed is to be tried again."""
-        entry.ready = None
         if isinstance(error, Unavailable):
             return True
         if isinstance(error, NotifydError):

@@ -126,13 +126,19 @@ class Ready:
         self.exclude = exclude
         self.claims = claims
 
+    @property
+    def waits(self) -> bool:
+        """Whether another message is at work with one of its keys."""
+        return any(isinstance(claim, Wait) for claim in self.claims)
+
 
 class Intake:
     """Makes notifications of messages, and sends each once.
 
     `source` is the way they come in, for the metrics and for the scope of idempotency keys.
     `alone`: nobody else takes what comes in that way while this does, so that a key at which
-    another is said to be at work was left by one that is dead.
+    another is said to be at work was left by one that is dead. `again`: a message that a store
+    would not take for some of its recipients is sent to them again, and has its keys until then.
     """
 
     def __init__(
@@ -144,12 +150,14 @@ class Intake:
         source: str,
         alone: bool,
         tenant_of: TenantOf,
+        again: bool = False,
     ) -> None:
         self._dispatch = dispatcher.dispatch
         self._compose = compose
         self._keys = keys
         self._source = source
         self._alone = alone
+        self._again = again
         self._tenant_of = tenant_of
         self._decode = Decoder(RedisMessage)
 
@@ -301,14 +309,28 @@ class Intake:
         except BaseException:
             await _abandon(ready.claims)
             raise
-        await self.finish(ready)
+        if self._again and unavailable(receipt):
+            await _abandon(ready.claims)
+        else:
+            await self.finish(ready)
         return receipt
+
+    async def give_up(self, ready: Ready) -> None:
+        """It is not sent now, and its keys are free."""
+        await _abandon(ready.claims)
 
     async def finish(self, ready: Ready) -> None:
         """Its keys have been used, and it is not dispatched (again)."""
         for claim in ready.claims:
             if isinstance(claim, Fresh):
                 await settled(claim.complete(KeptAnswer(200, b"")))
+
+
+def unavailable(receipt: Receipt) -> tuple[str, ...]:
+    """Those among several recipients for whom it failed because their store was away."""
+    if not receipt.failed or not receipt.results:
+        return ()
+    return tuple(name for name, each in receipt.results.items() if each.reason == "unavailable")
 
 
 async def _fail(ready: Ready, error: Exception) -> Receipt:

@@ -17,10 +17,11 @@ from notifyd.dispatch.redis_trigger import BadMessages
 from notifyd.errors import Unavailable
 from notifyd.notification import Outcome, Receipt, RecipientResult, Target
 from notifyd.options import BreakerSettings
+from notifyd.queue.memory import MemoryAckLedger
 from notifyd.redis_client import Redis, Word
 from notifyd.resilience import Backoff, CircuitBreaker
 from tests.front_door import until
-from tests.unit.test_redis_trigger import Parts
+from tests.unit.test_redis_trigger import ID, Parts
 
 
 class Lease:
@@ -41,8 +42,9 @@ class Reading:
     def __init__(self, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
         self.redis = redis
         self.key = f"stream-{uuid4()}"
-        self.parts = Parts()
+        self.parts = Parts(again=True)
         self.lease = Lease()
+        self.ledger: MemoryAckLedger | None = None
         # Pauses that a test does not wait for.
         monkeypatch.setattr(redis_stream, "Backoff", lambda *_: Backoff(0.001, 0.01))
         self.stream = self.reader()
@@ -54,15 +56,15 @@ class Reading:
             self.parts.intake,
             self.parts.metrics,
             BadMessages(self.parts.metrics),
-            None,
+            self.ledger,
             key=self.key,
             group="g",
             lease=self.lease,  # type: ignore[arg-type]  # all of it that is needed
         )
 
-    async def add(self, payload: Any, target: str | list[str] = "u1") -> bytes:
+    async def add(self, payload: Any, target: str | list[str] = "u1", **more: str) -> bytes:
         type = "user" if isinstance(target, str) else "users"
-        message = {"type": type, "target": target, "event_type": "e", "payload": payload}
+        message = {"type": type, "target": target, "event_type": "e", "payload": payload, **more}
         id: bytes = await self.redis.command("XADD", self.key, "*", "data", json.dumps(message))
         return id
 
@@ -129,6 +131,107 @@ async def test_who_has_it_does_not_get_it_again(reading: Reading) -> None:
     await reading.acknowledged()
     assert reading.parts.dispatcher.targets[1] == Target("users", ("u2",))
     assert reading.sent == [1, 1]
+
+
+def taken_by(*names: str, without: tuple[str, ...] = ()) -> Receipt:
+    """Of an entry whose store was away for some of them."""
+    results = {name: RecipientResult(Outcome.DELIVERED, 1) for name in names}
+    away = RecipientResult(Outcome.FAILED, reason="unavailable")
+    results |= dict.fromkeys(without, away)
+    return Receipt("id", Outcome.DELIVERED, 1, failed=len(without), results=results)
+
+
+async def test_who_has_it_does_not_get_it_again_while_the_last_ones_store_is_away(
+    reading: Reading,
+) -> None:
+    """For one recipient that is an error, not a result."""
+    dispatcher = reading.parts.dispatcher
+    stores = dispatcher.stores = []
+    await reading.add(1, ["u1", "u2"])
+    reading.stream.start()
+    await until(lambda: len(stores) == 1)
+    stores[0].set_result(taken_by("u1", without=("u2",)))
+    for attempt in (2, 3):
+        await until(lambda n=attempt: len(stores) == n)  # type: ignore[misc]  # bound now
+        stores[-1].set_exception(Unavailable("away"))
+    await until(lambda: len(stores) == 4)
+    stores[-1].set_result(Receipt("id", Outcome.QUEUED, queued=1))
+    await reading.acknowledged()
+    assert dispatcher.targets == [Target("users", ("u1", "u2")), *[Target("users", ("u2",))] * 3]
+
+
+@pytest.mark.parametrize("key", [{"id": ID}, {"idempotency_key": "k"}])
+async def test_who_has_it_not_gets_it_from_the_next_holder_though_it_has_a_key(
+    reading: Reading, key: dict[str, str]
+) -> None:
+    dispatcher = reading.parts.dispatcher
+    stores = dispatcher.stores = []
+    await reading.add(1, ["u1", "u2"], **key)
+    reading.stream.start()
+    await until(lambda: len(stores) == 1)
+    reading.lease.held = False
+    stores[0].set_result(taken_by("u1", without=("u2",)))
+    await until(lambda: not reading.stream._busy)
+    reading.lease.held = True
+    reading.lease.back.set()
+    await until(lambda: len(stores) == 2)
+    stores[1].set_result(taken_by("u1", "u2"))
+    await reading.acknowledged()
+    assert "u2" in dispatcher.targets[1].names
+
+
+async def test_what_comes_twice_waits_for_the_first_while_a_store_is_away(
+    reading: Reading,
+) -> None:
+    stores = reading.parts.dispatcher.stores = []
+    for _ in range(2):
+        await reading.add(1, ["u1", "u2"], id=ID)
+    await reading.add(2)
+    reading.stream.start()
+    await until(lambda: len(stores) == 1)
+    stores[0].set_result(taken_by("u1", without=("u2",)))
+    # What is behind them waits for nothing; then the first is tried again, and no other.
+    await until(lambda: reading.sent == [1, 2])
+    stores[1].set_result(Receipt("id", Outcome.QUEUED, queued=1))
+    await until(lambda: reading.sent == [1, 2, 1])
+    stores[2].set_result(taken_by("u2"))
+    await reading.acknowledged()
+    assert reading.sent == [1, 2, 1]
+
+
+async def test_who_confirmed_it_does_not_get_it_from_the_next_holder_where_a_store_was_away(
+    reading: Reading,
+) -> None:
+    """That a store was away is not held against an entry, which has been dispatched all the
+    same."""
+    reading.ledger = MemoryAckLedger(
+        timeout_seconds=60,
+        max_pending=10,
+        clock=lambda: 1.0,
+        on_acknowledged=lambda seconds: None,
+        on_expired=lambda count: None,
+    )
+    reading.stream = reading.reader()
+    dispatcher = reading.parts.dispatcher
+    stores = dispatcher.stores = []
+    id = await reading.add(1, ["u1", "u2"])
+    reading.stream.start()
+    await until(lambda: len(stores) == 1)
+    stores[0].set_result(taken_by("u1", without=("u2",)))
+    await until(lambda: len(stores) == 2)
+    assert await reading.deliveries() == [0]
+    notification_id = redis_stream._uuid_of(reading.key, id)
+    reading.ledger.expect("default", notification_id, ("u1",))
+    reading.ledger.confirm("default", "u1", (notification_id,))
+    reading.lease.held = False
+    stores[1].set_result(taken_by(without=("u2",)))
+    await until(lambda: not reading.stream._busy)
+    reading.lease.held = True
+    reading.lease.back.set()
+    await until(lambda: len(stores) == 3)
+    stores[2].set_result(taken_by("u2"))
+    await reading.acknowledged()
+    assert dispatcher.targets[2] == Target("users", ("u2",))
 
 
 async def test_it_acknowledges_only_what_the_store_has(reading: Reading) -> None:

@@ -70,7 +70,9 @@ class SlowTemplates(MemoryTemplates):
 class Parts:
     """A trigger on a Redis that is never asked."""
 
-    def __init__(self, lease: Any = None, keeps_up: Any = None, **given: Any) -> None:
+    def __init__(
+        self, lease: Any = None, keeps_up: Any = None, again: bool = False, **given: Any
+    ) -> None:
         self.dispatcher = HeldDispatcher()
         self.templates = SlowTemplates()
         self.metrics = Metrics()
@@ -80,6 +82,7 @@ class Parts:
             MemoryIdempotencyKeys(IdempotencySettings()),
             source="redis",
             alone=True,
+            again=again,
             tenant_of=lambda named: named or "default",
         )
         self.trigger = RedisTrigger(
