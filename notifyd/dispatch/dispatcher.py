@@ -728,7 +728,8 @@ class Dispatcher:
         outcome, connections = here
 
         def sent(there: Elsewhere) -> Eventually[Receipt]:
-            if connections and there.nodes:
+            # Where Redis has yet to say who else has it, others may.
+            if connections and (there.nodes or not there.known):
                 self._confirmations.is_shared(tenant_name, user_id, notification.id)
             result = joined(RecipientResult(outcome, connections), there)
             if result.outcome is Outcome.NOBODY:
@@ -761,11 +762,12 @@ class Dispatcher:
         receipt: asyncio.Future[Receipt] = self._flusher.loop.create_future()
 
         def sent(found: FoundElsewhere) -> Eventually[Receipt]:
+            # As above, where nothing is known.
+            shared = results if found is None else found
+            for user_id in [each for each in shared if results[each].connections]:
+                self._confirmations.is_shared(tenant_name, user_id, notification.id)
             for user_id, there in (found or {}).items():
-                here = results[user_id]
-                if here.connections:
-                    self._confirmations.is_shared(tenant_name, user_id, notification.id)
-                results[user_id] = joined(here, there)
+                results[user_id] = joined(results[user_id], there)
             away = [each for each, result in results.items() if result.outcome is Outcome.NOBODY]
             return self._queue_for_many(tenant_name, notification, results, away)
 

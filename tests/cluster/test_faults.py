@@ -272,6 +272,36 @@ async def test_what_redis_was_slow_to_pass_on_is_routed(
         await here.stop()
 
 
+@pytest.mark.parametrize("target", [user("anna"), {"type": "users", "value": ["anna", "ben"]}])
+async def test_what_redis_was_slow_to_pass_on_is_settled_for_all_devices(
+    start_breakable: StartNodes, redis_server: RedisServer, target: dict[str, Any]
+) -> None:
+    async with proxy(redis_server.port) as slow:
+        url = f"redis://127.0.0.1:{slow.port}/0"
+        (here,) = await start_breakable(1, redis={"url": url, "command_timeout_seconds": WAIT})
+        (there,) = await start_breakable(1)
+        await knowing_each_other([here, there])
+        first = await here.websocket("anna", query="acks=1")
+        await here.websocket("ben")
+        second = await there.websocket("anna", query="acks=1")
+        for host in (here, there):
+            await nobody_is_replayed_to(host)
+        slow.hold()
+        # Nobody knows by then that she has another device.
+        answer = await here.publish(target)
+        assert answer["outcome"] == "delivered"
+        await first.expect("notification")
+        slow.release()
+        assert (await second.expect("notification"))["id"] == answer["notification_id"]
+        assert (await first.ack(answer["notification_id"]))["type"] == "acked"
+        await first.close()
+        held = there.notifyd._confirmations
+        await until(lambda: not held.held, "what the other device need not confirm any more")
+        await second.close()
+        await nothing_is_replayed(there)
+        await here.stop()
+
+
 async def say(server: RedisServer, channel_name: str, what: list[bytes]) -> None:
     """Publish these."""
     client = redis.asyncio.Redis(port=server.port)
@@ -525,9 +555,14 @@ async def test_what_was_confirmed_is_not_stored_again_where_the_store_did_not_sa
     await nothing_is_replayed(nodes[2])
 
 
+async def nobody_is_replayed_to(node: Host) -> None:
+    """Wait until what users had in their queues is sent."""
+    registry = node.notifyd.lifecycle.registry
+    await until(lambda: not any(each.outbox.holds_back for each in registry), "their replays")
+
+
 async def nothing_is_replayed(node: Host) -> None:
     again = await node.websocket("anna")
-    (connection,) = node.notifyd.lifecycle.registry.tenant("default").of_user("anna")
-    await until(lambda: not connection.outbox.holds_back, "the end of her replay")
+    await nobody_is_replayed_to(node)
     await again.nothing_came()
     await again.close()
