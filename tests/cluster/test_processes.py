@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import redis.asyncio
 from websockets.exceptions import WebSocketException
 
 from tests.cluster.conftest import StartProcesses, beside
@@ -68,15 +69,18 @@ async def test_streams_are_served_from_other_processes_too(start_processes: Star
 
 @pytest.mark.parametrize("mode", ["offline", "always"])
 async def test_the_users_of_a_killed_node_are_offline_within_the_lease(
-    start_processes: StartProcesses, mode: str
+    start_processes: StartProcesses, redis_url: str, mode: str
 ) -> None:
     nodes = await start_processes(3, NOTIFYD_QUEUE__MODE=mode)
     anna = await nodes[0].websocket("anna", "?acks=1")
     held = await nodes[1].publish(user("anna"), 1)
     await anna.expect("notification")
+    found = (await nodes[1].call("GET", "/api/v1/cluster/users/anna")).json()["nodes"]
     await nodes[0].kill()
     killed_at = time.monotonic()
-    # Redis knows at once that nobody listens there.
+    # Redis knows at once that nobody listens there: when it next looks at its sockets, and not
+    # before it has done what it found on the others.
+    await nobody_listens(redis_url, found[0]["node_id"])
     queued = await nodes[1].publish(user("anna"), 2)
     assert queued["outcome"] == "queued"
     while (await nodes[2].call("GET", "/api/v1/cluster/users/anna")).json()["connections"]:
@@ -92,6 +96,13 @@ async def test_the_users_of_a_killed_node_are_offline_within_the_lease(
     got = [each["id"] for each in await again.notifications(len(expected) + 1)]
     assert got[:-1] == expected
     await again.expect("caught_up")
+
+
+async def nobody_listens(redis_url: str, node_id: str) -> None:
+    """Wait until Redis knows that this node hears nothing."""
+    async with redis.asyncio.Redis.from_url(redis_url) as client, asyncio.timeout(1):
+        while await client.pubsub_channels(f"*:node:{node_id}"):
+            pass
 
 
 async def test_the_users_of_a_node_that_was_frozen_are_found_again(
