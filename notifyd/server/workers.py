@@ -1,11 +1,13 @@
 """Several processes on one port: started, watched, and stopped as one server.
 
 Each listens on the same port by itself (SO_REUSEPORT) and the kernel deals connections out among
-them. One that dies is started again; signals go to all of them.
+them. One that dies is started again, and so is one that hangs, whose share of the connections
+nobody would answer; signals go to all of them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import signal
@@ -23,12 +25,19 @@ import structlog
 from notifyd.resilience import Backoff
 
 READY = b"ready"
+ALIVE = b"alive"
+ALIVE_SECONDS = 1.0
+"""How often a worker's event loop says that it turns."""
+
+HANGS_AFTER_SECONDS = 30.0
+"""A worker that says nothing for so long is killed; it is as long as gunicorn waits."""
+
 LIVED_LONG_SECONDS = 10.0
 KILL_AFTER_SECONDS = 5.0
 
 Work = Callable[[int, Callable[[], None]], int]
-"""Serves in a process of its own until a signal; given its number and what to call once it listens.
-Returns an exit code. Must be picklable."""
+"""Serves in a process of its own until a signal; given its number and what to call once it listens,
+in its event loop. Returns an exit code. Must be picklable."""
 
 
 def reserve(host: str, port: int) -> socket.socket:
@@ -51,6 +60,7 @@ class _Worker:
         self.process: BaseProcess | None = None
         self.told: Connection | None = None
         self.ready = False
+        self.heard_at = 0.0
         self.started_at = 0.0
         self.start_at = 0.0
         self.backoff = Backoff(0.2, 5.0)
@@ -60,11 +70,18 @@ class Supervisor:
     """Runs `count` workers until a signal. `announce` is called once, when all of them listen."""
 
     def __init__(
-        self, work: Work, count: int, *, grace_seconds: float, announce: Callable[[], None]
+        self,
+        work: Work,
+        count: int,
+        *,
+        grace_seconds: float,
+        announce: Callable[[], None],
+        hangs_after: float = HANGS_AFTER_SECONDS,
     ) -> None:
         self._work = work
         self._workers = [_Worker(number) for number in range(count)]
         self._grace_seconds = grace_seconds
+        self._hangs_after = hangs_after
         self._announce: Callable[[], None] | None = announce
         self._context = multiprocessing.get_context("spawn")
         self._log = structlog.get_logger("notifyd.server")
@@ -110,9 +127,13 @@ class Supervisor:
                     self._start(worker)
             if self._stopping and all(each.process is None for each in self._workers):
                 return
-            self._wait(woken, now)
+            overslept = self._wait(woken, now)
             for worker in self._workers:
+                if overslept:
+                    # Whoever stopped this process, or the machine, may have stopped them too.
+                    worker.heard_at = time.monotonic()
                 self._look_at(worker)
+            self._kill_hanging()
             if time.monotonic() >= self._kill_at:
                 self._kill()
 
@@ -129,30 +150,57 @@ class Supervisor:
             # The signal came meanwhile, and could not be passed on to this one.
             process.terminate()
 
-    def _wait(self, woken: socket.socket, now: float) -> None:
+    def _wait(self, woken: socket.socket, now: float) -> bool:
+        """Until there is something to do; whether that took much longer than it should have."""
         next_start = min(
             (each.start_at for each in self._workers if each.process is None), default=float("inf")
         )
         until = min(self._kill_at, float("inf") if self._stopping else next_start)
+        if not self._stopping:
+            hanging = [each.heard_at + self._hangs_after for each in self._workers if each.ready]
+            until = min(until, *hanging, float("inf"))
         waited = [each.process.sentinel for each in self._workers if each.process is not None]
         told = [each.told for each in self._workers if each.told is not None]
         timeout = None if until == float("inf") else max(0.0, until - now)
         if woken in wait([*waited, *told, woken], timeout):
             woken.recv(4096)
+        return time.monotonic() > until + ALIVE_SECONDS
 
     def _look_at(self, worker: _Worker) -> None:
-        if worker.told is not None and worker.told.poll():
-            # At its end its process says so, below.
-            with suppress(EOFError):
-                worker.ready = worker.told.recv_bytes() == READY
-            worker.told.close()
-            worker.told = None
-            if self._announce is not None and all(each.ready for each in self._workers):
-                announce, self._announce = self._announce, None
-                announce()
+        while worker.told is not None and worker.told.poll():
+            try:
+                self._hear(worker, worker.told.recv_bytes())
+            except EOFError:
+                # At its end its process says so, below.
+                worker.told.close()
+                worker.told = None
         process = worker.process
         if process is not None and process.exitcode is not None:
             self._ended(worker, process.exitcode)
+
+    def _hear(self, worker: _Worker, word: bytes) -> None:
+        worker.heard_at = time.monotonic()
+        if word != READY:
+            return
+        worker.ready = True
+        if self._announce is not None and all(each.ready for each in self._workers):
+            announce, self._announce = self._announce, None
+            announce()
+
+    def _kill_hanging(self) -> None:
+        silent_since = time.monotonic() - self._hangs_after
+        for worker in self._workers:
+            process = worker.process
+            if process is None or not worker.ready or self._stopping:
+                continue
+            if worker.heard_at <= silent_since:
+                self._log.error(
+                    "a worker hangs and was killed",
+                    worker=worker.number,
+                    silent_seconds=round(self._hangs_after),
+                )
+                worker.heard_at = float("inf")  # it need not be killed twice
+                process.kill()
 
     def _ended(self, worker: _Worker, exit_code: int) -> None:
         worker.process = None
@@ -198,9 +246,17 @@ def _run(work: Work, number: int, tells: Connection) -> None:
 
     def ready() -> None:
         tells.send_bytes(READY)
-        tells.close()
+        os.set_blocking(tells.fileno(), False)
+        _go_on_telling(asyncio.get_running_loop(), tells)
 
     raise SystemExit(work(number, ready))
+
+
+def _go_on_telling(loop: asyncio.AbstractEventLoop, tells: Connection) -> None:
+    # Who does not listen may be stopped for now, or gone; of the latter, others take note.
+    with suppress(OSError):
+        tells.send_bytes(ALIVE)
+    loop.call_later(ALIVE_SECONDS, _go_on_telling, loop, tells)
 
 
 def _end_with(parent: BaseProcess) -> None:

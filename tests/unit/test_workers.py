@@ -1,8 +1,16 @@
-"""The supervisor of workers, where processes would be too slow to meet the moment."""
+"""The supervisor of workers, where processes would be too slow to meet the moment, or would have to
+be waited for too long."""
 
 from __future__ import annotations
 
+import asyncio
+import signal
+import socket
+import threading
+from collections.abc import Callable
 from typing import Any
+
+from structlog.testing import capture_logs
 
 from notifyd.server.workers import Supervisor
 
@@ -44,3 +52,58 @@ def test_a_worker_that_is_being_started_hears_of_the_end_too() -> None:
     supervisor._context = FakeContext(process)  # type: ignore[assignment]  # as far as it is used
     supervisor._start(supervisor._workers[0])
     assert process.terminated == 1
+
+
+def serve_or_hang(number: int, ready: Callable[[], None]) -> int:
+    """The first of them blocks its event loop as soon as it listens."""
+
+    async def serve() -> None:
+        ready()
+        if number == 0:
+            signal.pause()
+        await asyncio.Event().wait()
+
+    asyncio.run(serve())
+    return 0
+
+
+class Watched(Supervisor):
+    """Tells when a worker is started again."""
+
+    starts = 0
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.again = threading.Event()
+
+    def _start(self, worker: Any) -> None:
+        super()._start(worker)
+        self.starts += 1
+        if self.starts > len(self._workers):
+            self.again.set()
+
+
+def test_a_worker_that_hangs_is_killed_and_started_again_and_no_other() -> None:
+    started = threading.Event()
+    supervisor = Watched(serve_or_hang, 2, grace_seconds=5, announce=started.set, hangs_after=2.5)
+    woken, wakes = socket.socketpair()
+    with woken, wakes, capture_logs() as logs:
+        loop = threading.Thread(target=supervisor._loop, args=(woken,))
+        loop.start()
+        assert started.wait(30)
+        hanging, serving = (each.process for each in supervisor._workers)
+        assert hanging is not None
+        assert supervisor.again.wait(30)
+        first, second = (each.process for each in supervisor._workers)
+        assert first is not hanging
+        assert second is serving
+        supervisor._stop()
+        wakes.send(b".")
+        loop.join(20)
+        assert not loop.is_alive()
+    told = [each for each in logs if each["log_level"] == "error"]
+    assert [each["event"] for each in told] == [
+        "a worker hangs and was killed",
+        "a worker died and is being restarted",
+    ]
+    assert [each["worker"] for each in told] == [0, 0]
