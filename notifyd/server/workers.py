@@ -32,6 +32,9 @@ ALIVE_SECONDS = 1.0
 HANGS_AFTER_SECONDS = 30.0
 """A worker that says nothing for so long is killed; it is as long as gunicorn waits."""
 
+WOKEN_SECONDS = 5.0
+"""Where the supervisor itself was stopped, workers have so long to say something."""
+
 LIVED_LONG_SECONDS = 10.0
 KILL_AFTER_SECONDS = 5.0
 
@@ -131,7 +134,8 @@ class Supervisor:
             for worker in self._workers:
                 if overslept:
                     # Whoever stopped this process, or the machine, may have stopped them too.
-                    worker.heard_at = time.monotonic()
+                    soon = time.monotonic() - self._hangs_after + WOKEN_SECONDS
+                    worker.heard_at = max(worker.heard_at, soon)
                 self._look_at(worker)
             self._kill_hanging()
             if time.monotonic() >= self._kill_at:
