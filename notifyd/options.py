@@ -512,9 +512,9 @@ class RedisSettings(Section, frozen=True, kw_only=True):
         ADDRESS,
         says(
             "Where it is: redis://[[user:]password@]host[:port][/database], rediss:// with TLS, "
-            "unix:///path, or redis+sentinel://host:port,host:port/master[/database]. The variable "
-            "REDIS_URL is read where this is unset; with a password easiest as "
-            "NOTIFYD_REDIS__URL_FILE."
+            "unix:///path, or redis+sentinel://host:port,host:port/master[/database], with "
+            "?sentinel_password= behind it where sentinels have one. The variable REDIS_URL is "
+            "read where this is unset; with a password easiest as NOTIFYD_REDIS__URL_FILE."
         ),
     ] = "redis://localhost:6379"
     key_prefix: Annotated[

@@ -94,12 +94,16 @@ class RedisAddress(msgspec.Struct, frozen=True):
     ca_file: str | None = None
     sentinels: tuple[tuple[str, int], ...] = ()
     master: str = ""
+    sentinel_username: str | None = None
+    sentinel_password: str | None = None
 
     @classmethod
     def parse(cls, url: str) -> RedisAddress:
         """`redis://[[user]:password@]host[:port][/database]`, `rediss://` for TLS (`?ssl_ca_certs=`
         names a file of authorities), `unix://[user:password@]/path[?db=0]`,
-        `redis+sentinel://[[user]:password@]host[:port],host[:port]/master[/database]`.
+        `redis+sentinel://[[user]:password@]host[:port],host[:port]/master[/database]`, where user
+        and password are the master's, `?sentinel_username=` and `?sentinel_password=` those of the
+        sentinels.
 
         Raises ConfigurationError, which never quotes the URL: there may be a password in it.
         """
@@ -143,49 +147,71 @@ class RedisAddress(msgspec.Struct, frozen=True):
                 raise ValueError("a sentinel without a host")
             sentinels.append((one.hostname, one.port or SENTINEL_PORT))
         master, _, database = parts.path.strip("/").partition("/")
-        if not master or parts.query:
-            raise ValueError("no name of a master, or options")
+        options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+        sentinel_username = options.pop("sentinel_username", None)
+        sentinel_password = options.pop("sentinel_password", None)
+        if not master or options or (sentinel_username and not sentinel_password):
+            raise ValueError("no name of a master, unknown options, or a name without a password")
         return cls(
             username=unquote(user) or None,
             password=unquote(password) or None,
             database=int(database or "0"),
             sentinels=tuple(sentinels),
             master=unquote(master),
+            sentinel_username=sentinel_username,
+            sentinel_password=sentinel_password,
         )
 
     async def located(self) -> tuple[str, int]:
-        """Host and port, as the sentinels say now. Raises OSError where none of them knows."""
-        for host, port in self.sentinels:
+        """Host and port, as the first sentinel to answer says now. Raises OSError where none of
+        them knows.
+
+        All are asked at once: in turn, those that are silent would use up the time of connecting,
+        again at each attempt.
+        """
+        if not self.sentinels:
+            return self.host, self.port
+        asked = [asyncio.ensure_future(self._ask_sentinel(*each)) for each in self.sentinels]
+        reason: Exception | None = None
+        try:
+            for answer in asyncio.as_completed(asked):
+                try:
+                    return await answer
+                except (OSError, TimeoutError) as error:
+                    reason = error
+        finally:
+            for each in asked:
+                each.cancel()
+                each.add_done_callback(_ignore)
+        raise ConnectionError(f"no sentinel tells the master: {_text(reason or OSError())}")
+
+    async def _ask_sentinel(self, host: str, port: int) -> tuple[str, int]:
+        """Where the master is. Raises OSError where this sentinel does not say it, TimeoutError
+        where it says nothing."""
+        words: list[tuple[Word, ...]] = [("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.master)]
+        if self.sentinel_password is not None:
+            names = () if self.sentinel_username is None else (self.sentinel_username,)
+            words.insert(0, ("AUTH", *names, self.sentinel_password))
+        async with asyncio.timeout(SENTINEL_SECONDS):
+            reader, writer = await asyncio.open_connection(host, port)
             try:
-                async with asyncio.timeout(SENTINEL_SECONDS):
-                    found = await _ask_sentinel(host, port, self.master)
-            except (OSError, TimeoutError):
-                continue
-            if found is not None:
-                return found
-        if self.sentinels:
-            raise ConnectionError("no sentinel knows the master")
-        return self.host, self.port
-
-
-async def _ask_sentinel(host: str, port: int, master: str) -> tuple[str, int] | None:
-    """Where the master of this name is, None where this sentinel does not know it."""
-    reader, writer = await asyncio.open_connection(host, port)
-    try:
-        writer.write(pack(("SENTINEL", "GET-MASTER-ADDR-BY-NAME", master)))
-        parser = hiredis.Reader()
-        while (answer := parser.gets()) is False:
-            data = await reader.read(4096)
-            if not data:
-                raise ConnectionResetError("the sentinel closed the connection")
-            parser.feed(data)
-    except hiredis.ProtocolError as error:
-        raise ConnectionError(f"not an answer of a sentinel: {error}") from error
-    finally:
-        writer.transport.abort()
-    if not isinstance(answer, list) or len(answer) != 2:
-        return None
-    return answer[0].decode(), int(answer[1])
+                writer.write(b"".join(map(pack, words)))
+                parser = hiredis.Reader(replyError=_error_answer)
+                for _ in words:
+                    while (answer := parser.gets()) is False:
+                        data = await reader.read(4096)
+                        if not data:
+                            raise ConnectionResetError("the sentinel closed the connection")
+                        parser.feed(data)
+                    if isinstance(answer, _AnswerError):
+                        raise ConnectionError(_text(answer))
+            except hiredis.ProtocolError as error:
+                raise ConnectionError(f"not an answer of a sentinel: {error}") from error
+            finally:
+                writer.transport.abort()
+        if not isinstance(answer, list) or len(answer) != 2:
+            raise ConnectionError("it does not know one of this name")
+        return answer[0].decode(), int(answer[1])
 
 
 class _Call:
