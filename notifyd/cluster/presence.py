@@ -22,6 +22,10 @@ UserKey = tuple[str, str]
 
 USERS_PER_CALL = 500
 
+MAX_UNWRITTEN = 100_000
+"""Users who came or went while Redis was away, at most: of more, all of the node's users are
+written anew."""
+
 Found = dict[str, dict[str, int]]
 """For each user who was found, the nodes that have him and his connections there."""
 
@@ -57,6 +61,7 @@ class Presence:
         self._unwritten: dict[UserKey, int] = {}
         # Buckets of whose users Redis does not have all: the lease ran out, or it lost what it had.
         self._lost: set[int] = set()
+        self._all_anew = False
         self._written: asyncio.Future[None] | None = None
         self._write = script("presence")
         self._find = script("find")
@@ -150,10 +155,25 @@ class Presence:
             self._lost.add(bucket)
 
     def _keep(self, bucket: int, users: Iterable[UserKey]) -> None:
+        if self._all_anew:
+            return
         self._unwritten.update(dict.fromkeys(users, bucket))
+        if len(self._unwritten) > MAX_UNWRITTEN:
+            # Who went is not told one by one: whatever Redis has of this node is removed.
+            self._unwritten.clear()
+            self._all_anew = True
 
     async def renew(self) -> None:
         """Renew the lease of all that is written, and write what is not. Raises Unavailable."""
+        if self._all_anew:
+            # Who comes or goes from here on is written after that.
+            self._all_anew = False
+            try:
+                await self._remove()
+            except Unavailable:
+                self._all_anew = True
+                raise
+            self._lost.update(range(len(self._buckets)))
         mine = [bucket for bucket, users in enumerate(self._users_in) if users]
         calls = {bucket: self._call(bucket, ()) for bucket in mine}
         away = False
@@ -174,7 +194,7 @@ class Presence:
                     self._unwritten[user] = bucket
         unwritten, self._unwritten = self._unwritten, {}
         await self._write_late(unwritten)
-        if away or self._unwritten:
+        if away or self._unwritten or self._all_anew:
             raise Unavailable(
                 "Redis does not know which users are connected to this node.", retry_after=1
             )
@@ -186,11 +206,15 @@ class Presence:
 
     async def leave(self) -> None:
         """Nobody is here any more. Raises Unavailable."""
+        await self._remove()
+
+    async def _remove(self) -> None:
+        """Redis has nobody of this node. Raises Unavailable."""
         for bucket in self._buckets:
             self._redis.command("DEL", bucket.on + self._node).add_done_callback(retrieve)
             last = self._redis.command("ZREM", bucket.nodes, self._node)
             last.add_done_callback(retrieve)
-        await asyncio.wait([last])
+        await last
 
     # --- asking ---
 

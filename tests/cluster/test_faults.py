@@ -87,6 +87,36 @@ async def test_local_deliveries_go_on_while_redis_hangs_and_the_cluster_is_whole
         got.append(await there.receive())
 
 
+async def test_who_comes_and_goes_while_redis_is_away_takes_no_room_for_ever(
+    start_breakable: StartNodes, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("notifyd.cluster.presence.MAX_UNWRITTEN", 3)
+    lasting = {"cluster": {"presence_ttl_seconds": 60}}
+    here, there = await start_breakable(2, **lasting)
+    anna, gone = await here.websocket("anna"), await here.websocket("gone")
+    await found_on(there, "gone")
+    cluster = cluster_of(here)
+    await asyncio.to_thread(redis_server.stop)
+    await gone.close()
+    for number in range(20):
+        if number == 10:
+            await until(lambda: not cluster.well, "the breaker", 10)
+        await (await here.websocket(f"u{number}")).close()
+    carl = await here.websocket("carl")
+    registry = here.notifyd.lifecycle.registry
+    await until(lambda: registry.users == 2, "the others' ends")
+    assert len(cluster.presence._unwritten) <= 3
+    await asyncio.to_thread(redis_server.cont)
+    for name in ("anna", "carl"):
+        await found_on(there, name)
+    # Nobody is known who has gone, though the lease of this node never ended.
+    asked = {"user_ids": ["anna", "carl", "gone", *(f"u{number}" for number in range(20))]}
+    online = (await there.post("/api/v1/presence", asked)).json()["online"]
+    assert online == {"anna": 1, "carl": 1}
+    for listener in (anna, carl):
+        await listener.close()
+
+
 async def found_on(node: Host, user_id: str) -> None:
     """Where a user is connected is known to this node."""
     async with asyncio.timeout(10):
