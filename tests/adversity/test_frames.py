@@ -159,18 +159,15 @@ async def test_fragments_with_control_frames_in_between(sockets: Hosted) -> None
         told = [await client.frame(), await client.frame()]
         assert Frame(PONG, b"between") in told
         assert Frame(TEXT, b'{"type":"pong"}') in told
-        # … each in a segment of its own
-        for piece in (
-            frame(TEXT, b"", fin=False),
-            frame(PING, b""),
-            frame(CONTINUATION, PING_MESSAGE[:3], fin=False),
-            frame(PING, b"x" * 125),
-            frame(CONTINUATION, PING_MESSAGE[3:]),
+        # … and read one by one: each Ping is answered before more is sent.
+        for piece, ping in (
+            (frame(TEXT, b"", fin=False), b""),
+            (frame(CONTINUATION, PING_MESSAGE[:3], fin=False), b"x" * 125),
+            (frame(CONTINUATION, b"", fin=False), b"y"),
         ):
-            await client.send(piece)
-            await asyncio.sleep(0.002)
-        assert await client.frame() == Frame(PONG, b"")
-        assert await client.frame() == Frame(PONG, b"x" * 125)
+            await client.send(piece, frame(PING, ping))
+            assert await client.frame() == Frame(PONG, ping)
+        await client.send(frame(CONTINUATION, PING_MESSAGE[3:]))
         assert (await client.message())["type"] == "pong"
         await client.pings()
 
@@ -352,8 +349,10 @@ async def test_a_message_finished_in_time_stops_the_clock(hasty: Hosted) -> None
         await client.send(frame(TEXT, PING_MESSAGE[:4], fin=False))
         await client.send(frame(CONTINUATION, PING_MESSAGE[4:]))
         await client.message("pong")
-        # Longer than a message may take; nothing is begun, so nothing ends.
-        await asyncio.sleep(0.6)
+        # One that is begun after it is closed in time; here nothing is begun, so nothing ends.
+        async with hasty.websocket("slow") as other:
+            await other.send(frame(TEXT, PING_MESSAGE[:4], fin=False))
+            await closed_in_time(other, 4012)
         await client.pings()
 
 

@@ -490,7 +490,8 @@ async def test_what_a_silent_node_lost_is_not_lost_with_the_end_of_the_sender(
     enqueue = logs.enqueue
 
     async def enqueue_later(*given: Any, **how: Any) -> Any:
-        await asyncio.sleep(0.2)
+        for _ in range(100):
+            await asyncio.sleep(0)
         return await settled(enqueue(*given, **how))
 
     monkeypatch.setattr(logs, "enqueue", enqueue_later)
@@ -516,7 +517,8 @@ async def test_what_one_device_confirmed_does_not_come_back_from_a_silent_node(
         assert (await here.ack(answer["notification_id"]))["type"] == "acked"
     await here.close()
     await there.close()
-    await asyncio.sleep(1.3)
+    await until(lambda: not cluster_of(nodes[0]).bus._awaited, "the end of all patience")
+    await until(lambda: not nodes[0].notifyd._writes._under_way, "what is stored then")
     assert (await nodes[2].get("/stats")).json()["queue"]["total_messages"] == 0
 
 

@@ -87,8 +87,9 @@ async def test_what_is_late_for_long_does_not_hold_up_what_comes_after(bus: Bus)
     def finish(awaited: Awaited) -> None:
         awaited.after = nothing
 
-    bus.reached(bus.await_answers(Told, finish), 1)
-    await asyncio.sleep(0.25)
+    late = bus.await_answers(Told, finish)
+    bus.reached(late, 1)
+    await until(lambda: late.finished, "what is late")
     asked_at = time.monotonic()
     told: list[float] = []
     bus.reached(bus.await_answers(Told, lambda awaited: told.append(time.monotonic())), 1)
@@ -123,7 +124,7 @@ async def test_what_redis_was_slow_for_is_given_up_all_the_same(
         awaited.after = lost.append
 
     awaited = bus.await_answers(Told, finish, patient=True)
-    await asyncio.sleep(0.3)
+    await until(lambda: awaited.late, "what Redis does not say")
     bus.reached(awaited, 1)
     await until(lambda: lost == [awaited], "the end of all patience")
 

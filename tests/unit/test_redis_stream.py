@@ -29,10 +29,12 @@ class Lease:
 
     def __init__(self) -> None:
         self.held = True
+        self.missed = asyncio.Event()
         self.back = asyncio.Event()
 
     async def acquired(self) -> None:
         if not self.held:
+            self.missed.set()
             await self.back.wait()
 
 
@@ -107,7 +109,8 @@ async def test_what_a_store_does_not_take_waits_and_is_not_blamed(reading: Readi
     async with asyncio.timeout(5):
         while await reading.deliveries() != [0, 0, 0]:  # noqa: ASYNC110  # as above
             await asyncio.sleep(0.01)
-    await asyncio.sleep(0.1)  # many attempts
+    failed = reading.parts.dispatcher.failed
+    await until(lambda: reading.parts.dispatcher.failed > failed + 30, "many attempts")
     reading.parts.dispatcher.fails = None
     await reading.add(3)
     await until(lambda: reading.sent == [0, 1, 2, 3])
@@ -277,8 +280,8 @@ async def test_without_the_lease_it_leaves_all_to_the_next_holder(reading: Readi
             await asyncio.sleep(0.01)
     reading.lease.held = False
     reading.parts.dispatcher.fails = None
+    await reading.lease.missed.wait()
     await reading.add(2)
-    await asyncio.sleep(0.1)
     assert reading.sent == []
     reading.lease.held = True
     reading.lease.back.set()

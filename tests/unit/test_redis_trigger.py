@@ -35,6 +35,7 @@ class HeldDispatcher:
         self.targets: list[Target] = []
         self.stores: list[asyncio.Future[Receipt]] | None = None
         self.fails: Exception | None = None
+        self.failed = 0
 
     def dispatch(
         self,
@@ -46,6 +47,7 @@ class HeldDispatcher:
         source: str,
     ) -> Eventually[Receipt]:
         if self.fails is not None:
+            self.failed += 1
             raise self.fails
         self.sent.append(json.loads(bytes(notification.payload)))
         self.targets.append(target)
