@@ -27,7 +27,8 @@ class ChannelItem(msgspec.Struct, gc=False):
 
 
 class ChannelsList(msgspec.Struct, gc=False):
-    """All channels with at least one subscriber, by name."""
+    """All channels with at least one subscriber, by name. Of more than 50,000 on one node some are
+    only counted by the others."""
 
     channels: list[ChannelItem]
     total_channels: int
@@ -79,7 +80,7 @@ class Channels:
             for node in figures.values():
                 counts.update(node.channels)
             items = [ChannelItem(name, count) for name, count in sorted(counts.items())]
-            return ChannelsList(items, len(items))
+            return ChannelsList(items, len(items) + sum(node.more for node in figures.values()))
 
         elsewhere: Eventually[dict[str, NodeFigures]] = {}
         if self._others is not None:

@@ -117,7 +117,8 @@ class ClusterStatusApi:
             len(nodes),
             sum(each.websocket + each.sse for each in figures.values()),
             users,
-            len({name for each in figures.values() for name in each.channels}),
+            len({name for each in figures.values() for name in each.channels})
+            + sum(each.more for each in figures.values()),
         )
         status: Literal["healthy", "degraded"] = "healthy" if others.well else "degraded"
         return ClusterStatus(True, status, others.node_id, nodes, totals)

@@ -44,13 +44,17 @@ class ChannelFound(msgspec.Struct, frozen=True, gc=False):
 
 
 class NodeFigures(msgspec.Struct, frozen=True, gc=False):
-    """One node's figures: connections of a tenant now, and what it counted since its start."""
+    """One node's figures: connections of a tenant now, and what it counted since its start. Of
+    channels that were too many to name, `more` says how many they are and `more_subscriptions` how
+    many connections are subscribed to them."""
 
     websocket: int
     sse: int
     users: int
     channels: dict[str, int]
     counted: dict[str, int] = {}
+    more: int = 0
+    more_subscriptions: int = 0
 
 
 class TenantHere(msgspec.Struct, frozen=True, gc=False):
@@ -63,8 +67,9 @@ class TenantHere(msgspec.Struct, frozen=True, gc=False):
     more: int = 0
 
 
-MAX_NAMED = 100_000
-"""Channels that a node names of all tenants together; of further ones it tells how many."""
+MAX_NAMED = 50_000
+"""Channels that a node names of all tenants together, or of the one that is asked about; of further
+ones it tells how many. With the longest names, these fit into one message."""
 
 
 class Others:
@@ -229,12 +234,17 @@ class Others:
         """This node's own figures."""
         here = self._registry.tenant(tenant)
         streams = sum(each.transport == "sse" for each in here.connections.values())
+        counts = ((name, len(channel.connections)) for name, channel in here.channels.items())
+        named = dict(islice(counts, MAX_NAMED))
+        rest = [connections for _, connections in counts]
         return NodeFigures(
             len(here.connections) - streams,
             streams,
             len(here.users),
-            {name: len(channel.connections) for name, channel in here.channels.items()},
+            named,
             self._counted(),
+            len(rest),
+            sum(rest),
         )
 
     def tenants_here(self) -> dict[str, TenantHere]:

@@ -358,8 +358,10 @@ def _add_others(figures: Figures, others: Sequence[NodeFigures], users: int | No
     if users is not None:
         connections.unique_users = users
     figures.users.connected = connections.unique_users
-    figures.channels.active = len(channels)
-    figures.channels.subscriptions = channels.total()
+    figures.channels.active = len(channels) + sum(node.more for node in others)
+    figures.channels.subscriptions = channels.total() + sum(
+        node.more_subscriptions for node in others
+    )
 
 
 def _sum(counters: Iterable[Counter]) -> int:

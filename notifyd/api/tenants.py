@@ -151,7 +151,8 @@ class TenantApi:
         return ConnectionTotals(
             len(here.connections) + sum(each.websocket + each.sse for each in nodes),
             len(here.users) + sum(each.users for each in nodes) if users is None else users,
-            len({*here.channels, *chain.from_iterable(each.channels for each in nodes)}),
+            len({*here.channels, *chain.from_iterable(each.channels for each in nodes)})
+            + sum(each.more for each in nodes),
         )
 
     async def _all_connected(self) -> dict[str, ConnectionTotals]:

@@ -38,6 +38,26 @@ async def test_figures_are_those_of_all_nodes(nodes: list[Host]) -> None:
         assert (await host.get("/api/v1/channels/none")).status_code == 404
 
 
+async def test_a_node_with_more_channels_than_it_can_name_is_counted_all_the_same(
+    start_nodes: StartNodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("notifyd.cluster.bus.MAX_SENT_BYTES", 2500)
+    monkeypatch.setattr("notifyd.api.others.MAX_NAMED", 20)
+    nodes = await start_nodes(2)
+    names = [f"{n:064}" for n in range(50)]
+    await nodes[1].listen("websocket", "anna", *names)
+    await nodes[1].listen("websocket", "ben", *names)
+    for host, named in zip(nodes, (20, 50), strict=True):
+        stats = (await host.get("/stats")).json()
+        assert (stats["connections"]["total_connections"], stats["users"]["connected"]) == (2, 2)
+        assert stats["channels"] == {"active": 50, "subscriptions": 100}
+        listed = (await host.get("/api/v1/channels")).json()
+        assert (len(listed["channels"]), listed["total_channels"]) == (named, 50)
+        answer = (await host.get("/api/v1/cluster/status")).json()
+        assert [node["connections"] for node in answer["nodes"]] in ([0, 2], [2, 0])
+        assert answer["totals"]["channels"] == 50
+
+
 async def test_the_status_names_every_node(nodes: list[Host]) -> None:
     await nodes[1].listen("websocket", "anna", "news")
     await nodes[2].listen("websocket", "anna")
