@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Mapping
 from datetime import date
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,9 @@ from notifyd.errors import (
 )
 from notifyd.identity import Identity, Principal
 from notifyd.options import TenantOverride, TenantSettings
+from notifyd.queue.redis import RedisTenants
+from notifyd.queue.redis_keys import RedisKeys
+from notifyd.redis_client import Redis
 from notifyd.tenants import (
     MAX_TENANTS,
     Counts,
@@ -241,3 +245,25 @@ class TestFigures:
         for n in range(MAX_TENANTS + 5):
             tenants.tally(f"t{n}", 1)
         assert len(await tenants.figures()) == MAX_TENANTS
+
+
+class LostRedis:
+    """Loses its connection with every call on it."""
+
+    def command(self, *words: Any, **given: Any) -> asyncio.Future[Any]:
+        call = asyncio.get_running_loop().create_future()
+        call.set_exception(Unavailable("Redis does not answer."))
+        return call
+
+
+async def test_what_two_calls_were_for_is_told_once_where_both_fail() -> None:
+    """Else the log had a traceback of the second, whenever rubbish is collected."""
+    told: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
+    store = RedisTenants(
+        cast(Redis, LostRedis()), RedisKeys("test"), on_corrupt=lambda reason: None
+    )
+    with pytest.raises(Unavailable):
+        await store.figures(date(2026, 1, 31))
+    gc.collect()
+    assert told == []

@@ -87,7 +87,7 @@ class RedisTenants:
     async def figures(self, day: date, tenant: str | None = None) -> Mapping[str, Figures]:
         """See `TenantStore.figures`. Raises Unavailable."""
         asked = [self._period(key, tenant) for key in self._periods(day)]
-        today, month = [await each for each in asked]
+        today, month = await asyncio.gather(*asked)
         return {name: Figures(today.get(name, Counts()), counts) for name, counts in month.items()}
 
     def _period(self, key: str, tenant: str | None) -> asyncio.Future[dict[str, Counts]]:
