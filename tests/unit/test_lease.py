@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from notifyd.cluster.lease import Lease
 from notifyd.errors import Unavailable
-from notifyd.redis_client import Script
+from notifyd.options import BreakerSettings
+from notifyd.redis_client import Redis, Script
+from notifyd.resilience import CircuitBreaker
 
 
 class OneKey:
@@ -209,3 +213,22 @@ async def test_who_is_told_that_it_was_given_up_asks_at_once(redis: OneKey) -> N
     await second.acquired()
     assert redis.clock.now == begun
     assert not await first.release()
+
+
+async def test_a_clock_of_redis_that_was_set_back_keeps_nobody_waiting(redis_url: str) -> None:
+    """As where a replica took over, whose clock is behind, and the holder died with the master."""
+    redis = Redis(redis_url, CircuitBreaker(BreakerSettings()))
+    await redis.start()
+    key = f"test-{uuid4().hex}"
+    in_an_hour = int((time.time() + 3600) * 1000)
+    await redis.command("SET", key, f"{in_an_hour} dead")
+    lease = Lease(redis, key, "a", time_to_live=3)
+    assert not await lease.renew()
+    lapses, _, holder = (await redis.command("GET", key)).partition(b" ")
+    assert 0 < int(lapses) - time.time() * 1000 <= 3000
+    assert holder == b"dead"
+    # It is not put off by who asks again.
+    assert not await lease.renew()
+    assert (await redis.command("GET", key)).partition(b" ")[0] == lapses
+    await redis.command("DEL", key)
+    await redis.aclose()

@@ -13,9 +13,15 @@ if not lapses then
     lapses, holder = now + ARGV[2], ''
     redis.call('SET', KEYS[1], string.format('%.0f ', lapses))
 end
+lapses = tonumber(lapses)
+if lapses > now + ARGV[2] then
+    -- Only where this clock was set back, as a replica's may be behind.
+    lapses = now + ARGV[2]
+    redis.call('SET', KEYS[1], string.format('%.0f %s', lapses, holder))
+end
 local his = holder == ARGV[1] or (holder == '' and ARGV[3] == '1')
-if not his and tonumber(lapses) > now then
-    return tonumber(lapses) - now
+if not his and lapses > now then
+    return lapses - now
 end
 redis.call('SET', KEYS[1], string.format('%.0f %s', now + ARGV[2], ARGV[1]))
 return 0
