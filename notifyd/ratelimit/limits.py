@@ -15,6 +15,9 @@ KEY = "key"
 ADDRESS = "address"
 CONNECT = "connect"
 
+_TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
+"""All of IPv4, as a server without it may see it (RFC 6052, RFC 7755): no one customer's."""
+
 
 class Rates:
     """The rates of the settings. Raises ValueError where an API key's is none."""
@@ -94,4 +97,6 @@ def network(address: str) -> str:
         return address
     if parsed.ipv4_mapped is not None:
         return str(parsed.ipv4_mapped)
+    if parsed in _TRANSLATED:
+        return str(ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF))
     return str(ipaddress.IPv6Address(int(parsed) >> 64 << 64))

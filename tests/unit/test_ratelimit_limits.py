@@ -82,6 +82,8 @@ async def test_keys_addresses_and_connections_are_apart() -> None:
         ("fe80::1%eth0", "fe80::"),
         ("", ""),
         ("not:an:address", "not:an:address"),
+        ("64:ff9b::c633:6401", "198.51.100.1"),
+        ("64:ff9b:1::1", "64:ff9b:1::"),
     ],
 )
 def test_an_address_stands_for_its_network(address: str, who: str) -> None:
