@@ -24,7 +24,7 @@ class TrustedProxies:
         lower case.
         """
         if peer.startswith(_MAPPED):
-            peer = str(_parsed(peer))
+            peer = _bare(peer) or peer
         hops: list[str] = []
         for name, value in headers:
             if name == b"x-forwarded-for":

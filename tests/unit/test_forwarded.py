@@ -66,6 +66,7 @@ class TestClientAddress:
         assert client(["198.51.100.0/24"], f"::ffff:{PROXY}", "::FFFF:192.0.2.1") == "192.0.2.1"
         assert client([PROXY], "::ffff:203.0.113.9", "192.0.2.1") == "203.0.113.9"
         assert client([], "::ffff:203.0.113.9") == "203.0.113.9"
+        assert client([PROXY], "::ffff:nonsense", "192.0.2.1") == "::ffff:nonsense"
         assert client([PROXY, OTHER_PROXY], PROXY, f"192.0.2.1, ::ffff:{OTHER_PROXY}") == (
             "192.0.2.1"
         )
