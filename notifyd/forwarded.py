@@ -13,9 +13,7 @@ class TrustedProxies:
 
     def __init__(self, allowed: Sequence[str]) -> None:
         self._everybody = "*" in allowed
-        self._networks = [
-            ipaddress.ip_network(each, strict=False) for each in allowed if each not in ("*", "")
-        ]
+        self._networks = [_network(each) for each in allowed if each not in ("*", "")]
 
     def client_address(self, peer: str, headers: Sequence[tuple[bytes, bytes]]) -> str:
         """The client's address: of what X-Forwarded-For lists, the last that is no proxy of ours.
@@ -49,6 +47,16 @@ class TrustedProxies:
         except ValueError:
             return False
         return any(parsed in network for network in self._networks)
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """Of IPv4, too, where it is written within IPv6."""
+    network = ipaddress.ip_network(text, strict=False)
+    if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= 96:
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None:
+            return ipaddress.IPv4Network((int(mapped), network.prefixlen - 96))
+    return network
 
 
 def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

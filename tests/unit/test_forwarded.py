@@ -64,6 +64,10 @@ class TestClientAddress:
         """As a server that listens on :: has the peers that come by IPv4."""
         assert client([PROXY], f"::ffff:{PROXY}", "192.0.2.1") == "192.0.2.1"
         assert client(["198.51.100.0/24"], f"::ffff:{PROXY}", "::FFFF:192.0.2.1") == "192.0.2.1"
+        for allowed in ("::ffff:198.51.100.0/120", f"::ffff:{PROXY}"):
+            assert client([allowed], f"::ffff:{PROXY}", "192.0.2.1") == "192.0.2.1"
+            assert client([allowed], PROXY, "192.0.2.1") == "192.0.2.1"
+            assert client([allowed], "203.0.113.9", "192.0.2.1") == "203.0.113.9"
         assert client([PROXY], "::ffff:203.0.113.9", "192.0.2.1") == "203.0.113.9"
         assert client([], "::ffff:203.0.113.9") == "203.0.113.9"
         assert client([PROXY], "::ffff:nonsense", "192.0.2.1") == "::ffff:nonsense"
