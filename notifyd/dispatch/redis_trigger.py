@@ -212,15 +212,13 @@ class Intake:
         So the first of several that are alike has all of them, and those behind wait for it. If two
         had one each, the first would wait for what is sent only behind it.
         """
-        keys = []
-        if content.id is not None:
-            keys.append(("id", canonical_uuid(content.id)))
-        if content.idempotency_key is not None:
-            keys.append(("key", content.idempotency_key))
         claims: list[Eventually[Claim] | NotifydError] = []
-        for kind, key in keys:
+        for kind, key in (("id", content.id), ("key", content.idempotency_key)):
+            if key is None:
+                continue
             try:
-                scope = key_scope(tenant, "", f"{self._source} {kind}", key)
+                name = canonical_uuid(key) if kind == "id" else key
+                scope = key_scope(tenant, "", f"{self._source} {kind}", name)
                 claim = self._keys.claim(scope, fingerprint(data), alone=self._alone)
             except NotifydError as error:
                 claims.append(error)

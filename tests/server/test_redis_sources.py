@@ -299,6 +299,8 @@ JUNK: list[Any] = [
     {"event": {"event_type": "e" * 129, "payload": 1}},
     {"event": {"event_type": "e", "payload": 1, "template_id": "t"}},
     {"event": {"template_id": "no-such"}},
+    {"event": {"template_id": "no-such", "id": "no uuid"}},
+    {"event": {"template_id": "no-such", "id": ID, "idempotency_key": ""}},
     {"event": {**EVENT, "priority": "urgent"}},
     {"event": {**EVENT, "ttl": -1}},
     {"event": {**EVENT, "ttl": "1"}},
