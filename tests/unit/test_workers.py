@@ -85,7 +85,7 @@ class Watched(Supervisor):
 
 def test_a_worker_that_hangs_is_killed_and_started_again_and_no_other() -> None:
     started = threading.Event()
-    supervisor = Watched(serve_or_hang, 2, grace_seconds=5, announce=started.set, hangs_after=2.5)
+    supervisor = Watched(serve_or_hang, 2, grace_seconds=5, announce=started.set, hangs_after=5)
     woken, wakes = socket.socketpair()
     with woken, wakes, capture_logs() as logs:
         loop = threading.Thread(target=supervisor._loop, args=(woken,))
