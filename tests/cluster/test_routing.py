@@ -339,3 +339,21 @@ async def test_nodes_that_queue_in_postgres_are_one_server(
     await second.close()
     later = await nodes[1].websocket("anna")
     await later.nothing_came()
+
+
+@pytest.mark.parametrize("target", [user("anna"), {"type": "users", "value": ["anna", "ben"]}])
+async def test_what_a_device_on_one_node_confirmed_is_settled_on_another_whoever_sent_it(
+    nodes: list[Host], target: dict[str, Any]
+) -> None:
+    first = await nodes[1].websocket("anna", query="acks=1")
+    second = await nodes[2].websocket("anna", query="acks=1")
+    answer = await nodes[0].publish(target)
+    assert answer["delivered_to"] == 2
+    await second.expect("notification")
+    await first.expect("notification")
+    assert (await first.ack(answer["notification_id"]))["type"] == "acked"
+    await until(lambda: not nodes[2].notifyd._confirmations.held, "word of it")
+    await first.close()
+    await second.close()
+    again = await nodes[0].websocket("anna")
+    await again.nothing_came()
