@@ -357,3 +357,17 @@ async def test_what_a_device_on_one_node_confirmed_is_settled_on_another_whoever
     await second.close()
     again = await nodes[0].websocket("anna")
     await again.nothing_came()
+
+
+async def test_an_ack_of_what_only_another_node_knows_is_answered_when_that_node_has_said_so(
+    start_nodes: StartNodes,
+) -> None:
+    """No ledger would say so instead."""
+    nodes = await start_nodes(2, ack={"enabled": False})
+    anna = await nodes[1].websocket("anna", query="acks=1")
+    id = (await nodes[1].publish(user("anna")))["notification_id"]
+    await anna.expect("notification")
+    header = {"Authorization": f"Bearer {token('anna')}"}
+    body = {"notification_ids": [id]}
+    answer = await nodes[0].post("/api/v1/acks", body, key=None, headers=header)
+    assert answer.json() == {"acked": [id], "refused": []}
