@@ -12,11 +12,16 @@ from uuid import uuid4
 
 import pytest
 import uvloop
+from hypothesis import settings
 
 from tests.front_door import Host, Lane, Transport, running
 from tests.stores import PostgresServer, RedisServer, schema, serving
 
 SOCKETS = ("server", "adversity", "cluster")
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("notifyd", deadline=None)
+settings.load_profile("notifyd")
 
 # Servers that tests start are compiled once, not at each start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

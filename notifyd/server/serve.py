@@ -363,6 +363,9 @@ def listen(host: str, port: int, idle_timeout: float, *, share_port: bool = Fals
         and address[0] == "::"
         and socket.has_dualstack_ipv6(),
     )
+    # asyncio turns Nagle's algorithm off for sockets that name their protocol, which those of
+    # create_server do not: there, an answer in two writes would wait for a delayed acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(idle_timeout * 1000))
     return listener
