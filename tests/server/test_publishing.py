@@ -490,6 +490,25 @@ async def test_a_batch_without_repetitions(host: Host) -> None:
     await ada.nothing_came()
 
 
+async def test_what_was_refused_makes_no_repetition(host: Host) -> None:
+    ada = await host.websocket("ada")
+    item = {"target": user("ada"), **CONTENT}
+    items = [
+        {**item, "exclude_connection": "no id"},
+        {**item, "idempotency_key": "k" * 257},
+        {**item, "payload": "x" * 65_536},
+        {**item, "payload": "x" * 65_536, "idempotency_key": "k"},
+        item,
+        item,
+    ]
+    body = {"notifications": items, "options": {"deduplicate": True}}
+    results = (await call(host, "/batch", body))["results"]
+    told = [(result["success"], result.get("skipped", False)) for result in results]
+    assert told == [*[(False, False)] * 4, (True, False), (True, True)]
+    await ada.notifications(1)
+    await ada.nothing_came()
+
+
 async def test_a_batch_has_1_to_100_items(host: Host) -> None:
     for count in (0, 101):
         body = {"notifications": [{"target": user("ada"), **CONTENT}] * count}
