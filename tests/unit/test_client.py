@@ -702,6 +702,28 @@ class TestListening:
         life.wait_after(Closed(1011, ""))
         assert sent(life.open())["payload"] == {"channels": ["a"]}
 
+    def test_a_channel_left_and_asked_for_again_is_kept(self) -> None:
+        life = Life(channels=("a", "b"))
+        life.open()
+        life.listening.unsubscribe(["a"])
+        life.listening.subscribe(["a"])
+        # Answered in their order, what was asked on connecting first.
+        life.go()
+        life.go(text("subscribed", payload=["a", "b"]))
+        life.go(text("unsubscribed", payload=["a"]))
+        life.go(text("subscribed", payload=["a"]))
+        assert set(life.listening.channels) == {"a", "b"}
+        life.go(text("unsubscribed", payload=["b"]))  # by the server
+        life.wait_after(Closed(1011, ""))
+        assert sent(life.open())["payload"] == {"channels": ["a"]}
+        life.go()
+        life.listening.unsubscribe(["a"])
+        life.go(text("unsubscribed", payload=["a"]))
+        life.listening.subscribe(["a"])
+        life.go(text("subscribed", payload=["a"]))
+        life.go(text("unsubscribed", payload=["a"]))  # by the server
+        assert life.listening.channels == ()
+
     def test_one_id_is_delivered_once(self) -> None:
         life = Life(policy=Reconnect(remember=2))
         assert isinstance(life.open(), Receive)
