@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from notifyd.client import AsyncClient, StatusError
 from notifyd.errors import Unavailable
 from notifyd.queue.memory import MemoryUserLogs
 from tests.conftest import StartServer
@@ -472,6 +473,21 @@ async def test_a_batch_that_stops_at_the_first_error(host: Host) -> None:
     assert answer["results"][3]["skipped"] is True
     assert answer["summary"]["skipped"] == 1
     await (await host.websocket("bob")).nothing_came()
+
+
+async def test_the_python_client_takes_any_key_that_the_server_does(host: Host) -> None:
+    keys = ["\u00fc" * 128, "\u00fc" * 127, " a", "a", "a ", " ", "k" * 256, "a\nb"]
+    ids = []
+    async with AsyncClient(host.url, api_key=PUBLISH_KEY) as client:
+        for key in [*keys, *keys]:
+            receipt = await client.send(user="ada", event="x", idempotency_key=key)
+            ids.append(receipt.notification_id)
+        assert ids[: len(keys)] == ids[len(keys) :]
+        assert len(set(ids)) == len(keys)
+        for key in ("", "\u00fc" * 129, "k" * 257):
+            with pytest.raises(StatusError) as caught:
+                await client.send(user="ada", event="x", idempotency_key=key)
+            assert caught.value.status == 422
 
 
 async def test_a_batch_without_repetitions(host: Host) -> None:

@@ -228,6 +228,8 @@ class TestCalls:
         assert keys[0] != keys[1]
         given = calls.send(Message(user="u", event="e", idempotency_key="order 7/ü"))
         assert given.headers["Idempotency-Key"] == "order 7/%C3%BC"
+        spaced = calls.send(Message(user="u", event="e", idempotency_key="  a b "))
+        assert spaced.headers["Idempotency-Key"] == "%20%20a b%20"
 
     @pytest.mark.parametrize(
         ("user", "raw"),
