@@ -338,9 +338,12 @@ class Notifyd(PublishingCalls):
             stream,
             Mount("/", app=api),
         ]
-        return Starlette(
+        application = Starlette(
             routes=routes, middleware=[Middleware(TokenOutOfQuery)], lifespan=self.lifespan
         )
+        # `OPTIONS *` has no path that is below `/`; Starlette's own answer is not one of ours.
+        application.router.default = api
+        return application
 
     def _observe(self) -> None:
         metrics, registry = self.metrics, self._registry
