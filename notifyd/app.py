@@ -45,7 +45,7 @@ from notifyd.dispatch.confirmation import Confirmations
 from notifyd.dispatch.dispatcher import Dispatcher
 from notifyd.dispatch.redis_sources import RedisSources
 from notifyd.dispatch.store_writes import MAX_ON_THEIR_WAY, StoreWrites
-from notifyd.errors import ConfigurationError, Unauthorized, Unavailable
+from notifyd.errors import ConfigurationError, Forbidden, Unauthorized, Unavailable
 from notifyd.eventually import Eventually, settled
 from notifyd.forwarded import TrustedProxies
 from notifyd.identifiers import new_uuid
@@ -251,7 +251,7 @@ class Notifyd(PublishingCalls):
             api_keys=ApiKeys(auth, clock=clock),
             identify=identify_with(admission)
             if authenticate is None
-            else _identify_by(authenticate),
+            else _identify_by(authenticate, origins),
             origins=origins,
             credentials=auth.cookie_name is not None,
             idempotency=self._backends.idempotency,
@@ -338,9 +338,12 @@ class Notifyd(PublishingCalls):
             stream,
             Mount("/", app=api),
         ]
-        return Starlette(
+        application = Starlette(
             routes=routes, middleware=[Middleware(TokenOutOfQuery)], lifespan=self.lifespan
         )
+        # `OPTIONS *` has no path that is below `/`; Starlette's own answer is not one of ours.
+        application.router.default = api
+        return application
 
     def _observe(self) -> None:
         metrics, registry = self.metrics, self._registry
@@ -546,7 +549,9 @@ async def _expire(ledger: AckLedger) -> None:
     await settled(ledger.expire())
 
 
-def _identify_by(authenticate: Authenticate) -> Callable[[Request], Eventually[Identity]]:
+def _identify_by(
+    authenticate: Authenticate, origins: Origins
+) -> Callable[[Request], Eventually[Identity]]:
     async def identified(pending: Awaitable[Identity | None]) -> Identity:
         identity = await pending
         if identity is None:
@@ -554,6 +559,13 @@ def _identify_by(authenticate: Authenticate) -> Callable[[Request], Eventually[I
         return identity
 
     def identify(request: Request) -> Eventually[Identity]:
+        # Sessions are mostly cookies, which go along with every site's requests (CSRF).
+        origin = request.header(b"origin")
+        if origin is not None and not origins.allows(origin.decode("latin-1")):
+            raise Forbidden(
+                "Pages of this origin may not call.",
+                hint=f'add "{origin.decode("latin-1")}" to cors.origins',
+            )
         # An embedded server has no lane but ASGI, so there is a scope.
         return identified(authenticate(HTTPConnection(request.scope or {})))
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -117,11 +118,13 @@ def _parser() -> argparse.ArgumentParser:
 
     send = commands.add_parser("send", parents=[remote], help="send one notification")
     target = send.add_mutually_exclusive_group(required=True)
-    target.add_argument("--user", help="to this user")
-    target.add_argument("--channel", help="to who is subscribed to this channel")
+    target.add_argument("--user", type=_text, help="to this user")
+    target.add_argument("--channel", type=_text, help="to who is subscribed to this channel")
     target.add_argument("--broadcast", action="store_true", help="to everybody connected")
-    send.add_argument("--tenant", help="for this tenant, where the key is bound to none")
-    send.add_argument("event", metavar="EVENT", help="its type, as order.created")
+    send.add_argument(
+        "--tenant", type=_text, help="for this tenant, where the key is bound to none"
+    )
+    send.add_argument("event", type=_text, metavar="EVENT", help="its type, as order.created")
     send.add_argument("payload", metavar="JSON", type=_json, help='as {"order_id":42}')
     send.set_defaults(run=_send)
 
@@ -131,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     listen.add_argument("--user", default="cli", help="as this user (default: cli)")
     listen.add_argument("--tenant", default="default", help="whose user (default: default)")
     listen.add_argument(
-        "--channel", action="append", default=[], help="subscribe to it; several times"
+        "--channel", type=_text, action="append", default=[], help="subscribe to it; several times"
     )
     listen.set_defaults(run=_listen)
     return parser
@@ -140,12 +143,29 @@ def _parser() -> argparse.ArgumentParser:
 def _url(text: str) -> str:
     if not text.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(f"{text!r} does not begin with http:// or https://")
+    try:
+        parts = urlsplit(text)
+        # Both raise ValueError where they make no sense.
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no URL: {error}") from error
+    if not named:
+        raise argparse.ArgumentTypeError(f"{text!r} names no host, or port 0")
+    return text
+
+
+def _text(text: str) -> str:
+    # What the shell gave in another encoding, Python holds as halves of surrogate pairs.
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8")
     return text
 
 
 def _json(text: str) -> Any:
     try:
-        return msgspec.json.decode(text)
+        return msgspec.json.decode(_text(text))
+    except RecursionError as error:
+        raise argparse.ArgumentTypeError("the JSON is nested too deep") from error
     except msgspec.DecodeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
 

@@ -378,9 +378,25 @@ class Batches:
         return await settled(self._item_built(item, await built))
 
     def _item_built(self, item: _Item, notification: Notification) -> Eventually[BatchResult]:
-        batch, body = item.batch, item.body
-        if batch.deduplicate and batch.repeats(item.target, notification.event_type):
+        batch = item.batch
+        if not batch.deduplicate:
+            return self._item_sent(item, notification)
+        what = batch.subject(item.target, notification.event_type)
+        if what in batch.seen:
             return _skipped_item(item.index, success=True)
+        batch.seen.add(what)
+        try:
+            result = self._item_sent(item, notification)
+        except Exception:
+            # It was refused, so that the next one like it repeats nothing.
+            batch.seen.discard(what)
+            raise
+        if isinstance(result, BatchResult) and result.notification_id == NO_ID:
+            batch.seen.discard(what)
+        return result
+
+    def _item_sent(self, item: _Item, notification: Notification) -> Eventually[BatchResult]:
+        batch, body = item.batch, item.body
         if body.idempotency_key is not None or body.id is not None:
             return self._item_once(item, notification)
         receipt = self._dispatch(
@@ -428,23 +444,21 @@ class Batches:
 
 
 class _Batch:
-    """What the items of one batch share. `unsent`: the last of them waits, and is not sent yet."""
+    """What the items of one batch share. `unsent`: the last of them waits, and is not sent yet;
+    `seen`: what was sent, where repetitions are skipped."""
 
-    __slots__ = ("_seen", "deduplicate", "request", "unsent")
+    __slots__ = ("deduplicate", "request", "seen", "unsent")
 
     def __init__(self, request: Request, deduplicate: bool) -> None:
         self.request = request
         self.deduplicate = deduplicate
         self.unsent = False
-        self._seen: set[tuple[str, tuple[str, ...], str]] = set()
+        self.seen: set[tuple[str, tuple[str, ...], str]] = set()
 
-    def repeats(self, target: Target, event_type: str) -> bool:
-        """Whether an earlier item had this target and event type; this one is remembered."""
-        key = (target.type, tuple(sorted(target.names)), event_type)
-        if key in self._seen:
-            return True
-        self._seen.add(key)
-        return False
+    @staticmethod
+    def subject(target: Target, event_type: str) -> tuple[str, tuple[str, ...], str]:
+        """What makes an item a repetition of another."""
+        return target.type, tuple(sorted(target.names)), event_type
 
 
 class _Item(msgspec.Struct, frozen=True):

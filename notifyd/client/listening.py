@@ -10,7 +10,7 @@ import logging
 import math
 import random as randomness
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -183,6 +183,10 @@ class Listening:
         self._now = now
         self._random = random
         self._channels = dict.fromkeys(_names(channels))
+        # Left on this connection and not answered yet; how often each of them was asked for again
+        # before the answer.
+        self._leaving: set[str] = set()
+        self._returning: Counter[str] = Counter()
         self._connection_id: str | None = None
         # id -> whether the caller acked it, the one heard of last at the end.
         self._seen: OrderedDict[str, bool] = OrderedDict()
@@ -213,11 +217,16 @@ class Listening:
         """Ask for channels, on this connection and on those to come."""
         names = _names(channels)
         self._channels.update(dict.fromkeys(names))
+        again = self._leaving.intersection(names)
+        self._returning.update(again)
+        self._leaving -= again
         return self._to_send(messages.subscribe, names)
 
     def unsubscribe(self, channels: Iterable[str]) -> list[bytes]:
         """Ask for channels no longer."""
         names = _names(channels)
+        if self._connection_id is not None:
+            self._leaving.update(self._channels.keys() & set(names))
         for name in names:
             self._channels.pop(name, None)
         return self._to_send(messages.unsubscribe, names)
@@ -341,6 +350,8 @@ class Listening:
                 self._session = message.session
                 self._unreached = self._tokens_refused = 0
                 self._plan_refresh(message.session.expires_at)
+                self._leaving.clear()
+                self._returning.clear()
                 return [
                     *self._to_send(messages.ack, list(self._unanswered)),
                     *self._to_send(messages.subscribe, list(self._channels)),
@@ -355,7 +366,12 @@ class Listening:
                     self._unanswered.pop(id, None)
             case Unsubscribed():
                 for name in message.channels:
-                    self._channels.pop(name, None)
+                    if self._returning[name]:
+                        # To what was said before it was asked for again.
+                        self._returning[name] -= 1
+                    else:
+                        self._leaving.discard(name)
+                        self._channels.pop(name, None)
             case Shutdown():
                 self._told_by_shutdown = message.reconnect_after_seconds
             case Problem() if message.retry_after_seconds is not None:

@@ -22,6 +22,8 @@ from typing import Protocol, cast
 
 import structlog
 
+from notifyd.identifiers import request_id
+
 MANY_LEFT = 2000
 """So many sockets fewer, and at most half of what there were: the system gets their memory back."""
 
@@ -32,7 +34,7 @@ else waiting until the last of them is in."""
 
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 5\r\n"
-    b"connection: close\r\ncontent-length: 82\r\n\r\n"
+    b"connection: close\r\ncontent-length: 82\r\nx-request-id: %b\r\n\r\n"
     b'{"error":{"code":"UNAVAILABLE","message":"The server has too many open sockets."}}'
 )
 
@@ -197,7 +199,7 @@ class Doorman(asyncio.Protocol):
         # uvloop's transports are not asyncio's by class.
         self._transport = socket = cast(asyncio.Transport, transport)
         if not self._door.enter():
-            socket.write(_FULL)
+            socket.write(_FULL % request_id(None).encode())
             socket.close()
             return
         self.deadline = self._door.loop.time() + self._door.timeouts.first_byte

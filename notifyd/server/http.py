@@ -448,7 +448,10 @@ class HttpProtocol(HttpToolsProtocol):
         )
 
     def _is_stream(self) -> bool:
-        if self.url.partition(b"?")[0] != b"/sse" or self.parser.get_http_version() != "1.1":
+        if self.url.partition(b"?")[0] != b"/sse":
+            return False
+        # HTTP/1.0 too, as many proxies speak it: uvicorn would send it chunks, which it has not.
+        if self.parser.get_http_version() not in {"1.1", "1.0"}:
             return False
         if self.parser.should_upgrade() or self._busy():
             return False

@@ -412,3 +412,16 @@ async def test_a_public_key_believes_its_own_algorithm_alone(start: StartServer)
     unsigned = jwt_encode(claims, "", algorithm="none")
     for wrong in (unsigned, token("ada", secret=SECRET_OF_COOKIES)):
         assert (await status_of_websocket(host, jwt=wrong))[0] == 401
+
+
+async def test_a_client_of_http_1_0_gets_its_stream_as_it_is(start_on: StartServer) -> None:
+    host = await start_on("sockets")
+    reader, writer = await host.raw()
+    writer.write(f"GET /sse?token={token('ada')} HTTP/1.0\r\n\r\n".encode())
+    async with asyncio.timeout(WAIT):
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 ")
+        # RFC 9112, section 6.1: chunks are nothing that HTTP/1.0 knows.
+        assert b"transfer-encoding" not in head.lower()
+        assert (await reader.readuntil(b"\n\n")).startswith(b"retry: ")
+        assert (await reader.readuntil(b"\n\n")).startswith(b"event: connected\n")

@@ -152,6 +152,18 @@ async def test_the_applications_own_sessions_say_who_is_there(
     assert response.json() == {"acked": [sent.notification_id], "refused": []}
 
 
+async def test_a_foreign_page_acknowledges_nothing_with_the_users_session(
+    with_sessions: Host,
+) -> None:
+    host = with_sessions
+    sent = await host.notifyd.send(user="ada", event="x", payload=None)
+    body = {"notification_id": sent.notification_id}
+    for origin, status in (("https://evil.example", 403), ("null", 403), (ORIGIN, 200)):
+        headers = {"Cookie": "session=ada", "Origin": origin}
+        response = await host.post("/api/v1/acks", body, key=None, headers=headers)
+        assert response.status_code == status
+
+
 async def test_whom_the_application_does_not_know_is_refused(with_sessions: Host) -> None:
     host = with_sessions
     with pytest.raises(InvalidStatus) as refused:

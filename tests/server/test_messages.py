@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from notifyd.client import AsyncClient, Backoff, Event, Reconnect, Subscribed
 from tests.conftest import StartServer
 from tests.front_door import WAIT, Host, Listener, Transport, channel, token, until, user
 
@@ -31,6 +32,28 @@ async def test_subscribing_and_unsubscribing(host: Host) -> None:
     assert (await websocket.expect("unsubscribed"))["payload"] == ["orders"]
     assert (await host.publish(channel("orders")))["outcome"] == "nobody"
     assert (await host.publish(channel("alerts")))["delivered_to"] == 1
+
+
+async def test_a_listener_that_leaves_a_channel_and_comes_back_keeps_it(host: Host) -> None:
+    told: list[Event] = []
+
+    def subscribed() -> int:
+        return sum(isinstance(event, Subscribed) for event in told)
+
+    at_once = Reconnect(backoff=Backoff(initial=0.01, maximum=0.02))
+    async with AsyncClient(host.url, token=token("ada")) as client:
+        stream = client.listen(["orders"], on_event=told.append, reconnect=at_once)
+        first = asyncio.ensure_future(anext(stream))
+        await until(lambda: subscribed() == 1)
+        await stream.unsubscribe("orders")
+        await stream.subscribe("orders")
+        await until(lambda: subscribed() == 2)
+        assert stream.channels == ("orders",)
+        (connection,) = host.notifyd.lifecycle.registry
+        host.notifyd.lifecycle.close(connection, 1011, "the test ends it")
+        await until(lambda: subscribed() == 3)
+        assert (await host.publish(channel("orders"), payload=1))["delivered_to"] == 1
+        assert (await first).payload == 1
 
 
 async def test_rules_decide_who_may_subscribe(start: StartServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -22,6 +23,7 @@ from tests.front_door import (
     PUBLISH_KEY,
     READ_KEY,
     SECRET,
+    WAIT,
     Host,
     Listener,
     Transport,
@@ -509,6 +511,18 @@ LATER = (
     "/asyncapi.json",
     "/console",
 )
+
+
+async def test_what_has_no_path_is_answered_like_all_else(host: Host) -> None:
+    reader, writer = await host.raw()
+    writer.write(
+        b"OPTIONS * HTTP/1.1\r\nHost: x\r\nX-Request-ID: mine\r\nConnection: close\r\n\r\n"
+    )
+    async with asyncio.timeout(WAIT):
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 404 ")
+    assert b"x-request-id: mine" in head.lower()
+    assert json.loads(body)["error"]["code"] == "NOT_FOUND"
 
 
 async def test_what_a_later_step_brings_is_not_there(host: Host) -> None:

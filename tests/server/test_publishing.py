@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from notifyd.client import AsyncClient, StatusError
 from notifyd.errors import Unavailable
 from notifyd.queue.memory import MemoryUserLogs
 from tests.conftest import StartServer
@@ -474,6 +475,21 @@ async def test_a_batch_that_stops_at_the_first_error(host: Host) -> None:
     await (await host.websocket("bob")).nothing_came()
 
 
+async def test_the_python_client_takes_any_key_that_the_server_does(host: Host) -> None:
+    keys = ["\u00fc" * 128, "\u00fc" * 127, " a", "a", "a ", " ", "k" * 256, "a\nb"]
+    ids = []
+    async with AsyncClient(host.url, api_key=PUBLISH_KEY) as client:
+        for key in [*keys, *keys]:
+            receipt = await client.send(user="ada", event="x", idempotency_key=key)
+            ids.append(receipt.notification_id)
+        assert ids[: len(keys)] == ids[len(keys) :]
+        assert len(set(ids)) == len(keys)
+        for key in ("", "\u00fc" * 129, "k" * 257):
+            with pytest.raises(StatusError) as caught:
+                await client.send(user="ada", event="x", idempotency_key=key)
+            assert caught.value.status == 422
+
+
 async def test_a_batch_without_repetitions(host: Host) -> None:
     ada = await host.websocket("ada")
     items = [
@@ -487,6 +503,25 @@ async def test_a_batch_without_repetitions(host: Host) -> None:
     skipped = [result.get("skipped", False) for result in answer["results"]]
     assert skipped == [False, True, False, False]
     await ada.notifications(3)
+    await ada.nothing_came()
+
+
+async def test_what_was_refused_makes_no_repetition(host: Host) -> None:
+    ada = await host.websocket("ada")
+    item = {"target": user("ada"), **CONTENT}
+    items = [
+        {**item, "exclude_connection": "no id"},
+        {**item, "idempotency_key": "k" * 257},
+        {**item, "payload": "x" * 65_536},
+        {**item, "payload": "x" * 65_536, "idempotency_key": "k"},
+        item,
+        item,
+    ]
+    body = {"notifications": items, "options": {"deduplicate": True}}
+    results = (await call(host, "/batch", body))["results"]
+    told = [(result["success"], result.get("skipped", False)) for result in results]
+    assert told == [*[(False, False)] * 4, (True, False), (True, True)]
+    await ada.notifications(1)
     await ada.nothing_came()
 
 

@@ -181,6 +181,7 @@ async def test_sockets_of_all_kinds_are_limited(start_on: StartServer) -> None:
         answer = await reader.read()
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"retry-after" in answer.lower()
+    assert b"x-request-id: " in answer.lower()
     first.vanish()
     await until(lambda: not host.notifyd._registry, "room")
     await host.raw_websocket("ada")

@@ -228,6 +228,8 @@ class TestCalls:
         assert keys[0] != keys[1]
         given = calls.send(Message(user="u", event="e", idempotency_key="order 7/ü"))
         assert given.headers["Idempotency-Key"] == "order 7/%C3%BC"
+        spaced = calls.send(Message(user="u", event="e", idempotency_key="  a b "))
+        assert spaced.headers["Idempotency-Key"] == "%20%20a b%20"
 
     @pytest.mark.parametrize(
         ("user", "raw"),
@@ -701,6 +703,28 @@ class TestListening:
         life.go(text("unsubscribed", payload=["c"]))  # by the server
         life.wait_after(Closed(1011, ""))
         assert sent(life.open())["payload"] == {"channels": ["a"]}
+
+    def test_a_channel_left_and_asked_for_again_is_kept(self) -> None:
+        life = Life(channels=("a", "b"))
+        life.open()
+        life.listening.unsubscribe(["a"])
+        life.listening.subscribe(["a"])
+        # Answered in their order, what was asked on connecting first.
+        life.go()
+        life.go(text("subscribed", payload=["a", "b"]))
+        life.go(text("unsubscribed", payload=["a"]))
+        life.go(text("subscribed", payload=["a"]))
+        assert set(life.listening.channels) == {"a", "b"}
+        life.go(text("unsubscribed", payload=["b"]))  # by the server
+        life.wait_after(Closed(1011, ""))
+        assert sent(life.open())["payload"] == {"channels": ["a"]}
+        life.go()
+        life.listening.unsubscribe(["a"])
+        life.go(text("unsubscribed", payload=["a"]))
+        life.listening.subscribe(["a"])
+        life.go(text("subscribed", payload=["a"]))
+        life.go(text("unsubscribed", payload=["a"]))  # by the server
+        assert life.listening.channels == ()
 
     def test_one_id_is_delivered_once(self) -> None:
         life = Life(policy=Reconnect(remember=2))
