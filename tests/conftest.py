@@ -50,7 +50,16 @@ def lane(request: pytest.FixtureRequest) -> Lane:
 
 
 @pytest.fixture
-async def start_on() -> AsyncIterator[StartServer]:
+def places(request: pytest.FixtureRequest) -> None:
+    """Where the test's servers keep things is there before them, and outlives them: else they would
+    try in vain to store what their clients had not confirmed."""
+    for name in ("postgres_url", "kept", "faulty"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name)
+
+
+@pytest.fixture
+async def start_on(places: None) -> AsyncIterator[StartServer]:
     """Start a server in the lane that the test names (`sockets` if it names none)."""
     async with AsyncExitStack() as stack:
 

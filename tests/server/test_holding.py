@@ -39,10 +39,15 @@ MOVABLE_CLOCK = pytest.mark.parametrize("place", ["sockets", "asgi", "postgres"]
 
 
 @pytest.fixture
-def start(request: pytest.FixtureRequest, place: str, start_on: StartServer) -> StartServer:
+def kept(request: pytest.FixtureRequest, place: str) -> dict[str, dict[str, Any]]:
+    """Settings of one who keeps everything there."""
+    return sections_of(request, place) if place in {"redis", "postgres"} else {}
+
+
+@pytest.fixture
+def start(place: str, kept: dict[str, dict[str, Any]], start_on: StartServer) -> StartServer:
     """Start a server there; `host` is one with no other settings."""
     here: Lane = "asgi" if place == "asgi" else "sockets"
-    kept = sections_of(request, place) if place in {"redis", "postgres"} else {}
 
     async def start(lane: Lane | None = here, **given: Any) -> Host:
         names = {*kept, *given}
