@@ -382,7 +382,7 @@ def in_memory() -> dict[str, Any]:
 
 
 SETTINGS = settings(
-    max_examples=40,
+    max_examples=24,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
