@@ -32,6 +32,10 @@ from notifyd.resilience import Backoff, BreakerState, CircuitBreaker, Guarded
 MAX_UNSENT_BYTES = 64 * 1024 * 1024
 """Bytes that may wait for Redis to read them; beyond, calls are refused."""
 
+REJECTED_PER_TURN = 50
+"""So many callers are told in one turn of the event loop that a connection is lost: less than a
+millisecond's work."""
+
 SENTINEL_PORT = 26379
 SENTINEL_SECONDS = 0.5
 """A sentinel that does not answer for so long is passed over."""
@@ -509,8 +513,20 @@ class Redis:
         periods = [call.period for call in calls if call.period != _UNCOUNTED]
         for period in periods[:1] if once else periods:
             self.breaker.failed(period)
-        for call in calls:
+        if self._closed:
+            for call in calls:
+                self._reject(call, error)
+        else:
+            self._reject_some(calls, error)
+
+    def _reject_some(self, calls: Sequence[_Call], error: Exception) -> None:
+        """Tell callers a few in each turn of the event loop: where Redis hung there are thousands,
+        and whoever publishes meanwhile would wait for all of them."""
+        for call in calls[:REJECTED_PER_TURN]:
             self._reject(call, error)
+        rest = calls[REJECTED_PER_TURN:]
+        if rest:
+            asyncio.get_running_loop().call_soon(self._reject_some, rest, error)
 
     def _reject(self, call: _Call, cause: Exception) -> None:
         if not call.future.done():

@@ -15,7 +15,7 @@ import pytest
 
 from notifyd.errors import ConfigurationError, Unavailable
 from notifyd.options import BreakerSettings
-from notifyd.redis_client import Redis, RedisAddress, Script
+from notifyd.redis_client import REJECTED_PER_TURN, Redis, RedisAddress, Script
 from notifyd.resilience import Backoff, BreakerState, CircuitBreaker
 from tests.server.test_tls import make_certificate
 
@@ -355,6 +355,33 @@ class TestErrors:
                 *[redis.command("SET", 1) for _ in range(3)], return_exceptions=True
             )
             assert state(redis) is BreakerState.OPEN
+
+    async def test_who_else_has_work_is_let_in_while_thousands_are_told(self) -> None:
+        """Of a Redis that hung: a few callers in each turn of the event loop, in order."""
+        told: list[int] = []
+
+        def answer(command: list[bytes]) -> bytes | None:
+            if command[0] == b"CUT":
+                fake.writers[-1].transport.abort()
+            return None if command[0] in _HANDSHAKE else b""
+
+        async with (
+            faking(answer) as fake,
+            connected(f"redis://127.0.0.1:{fake.port}") as redis,
+        ):
+            calls = [redis.command("ECHO", n) for n in range(3 * REJECTED_PER_TURN - 1)]
+            calls.append(redis.command("CUT"))
+            for number, call in enumerate(calls):
+                call.add_done_callback(lambda _, number=number: told.append(number))  # type: ignore[misc]  # bound now
+            counts = []
+            while len(told) < len(calls):
+                counts.append(len(told))
+                await asyncio.sleep(0)
+            assert told == list(range(len(calls)))
+            assert {REJECTED_PER_TURN, 2 * REJECTED_PER_TURN} <= set(counts)
+            for call in calls:
+                with pytest.raises(Unavailable):
+                    await call
 
     async def test_a_lost_connection_is_one_failure_for_all_who_were_on_it(self) -> None:
         def answer(command: list[bytes]) -> bytes | None:
