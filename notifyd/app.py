@@ -45,7 +45,7 @@ from notifyd.dispatch.confirmation import Confirmations
 from notifyd.dispatch.dispatcher import Dispatcher
 from notifyd.dispatch.redis_sources import RedisSources
 from notifyd.dispatch.store_writes import MAX_ON_THEIR_WAY, StoreWrites
-from notifyd.errors import ConfigurationError, Forbidden, Unauthorized, Unavailable
+from notifyd.errors import ConfigurationError, Unauthorized, Unavailable
 from notifyd.eventually import Eventually, settled
 from notifyd.forwarded import TrustedProxies
 from notifyd.identifiers import new_uuid
@@ -560,12 +560,7 @@ def _identify_by(
 
     def identify(request: Request) -> Eventually[Identity]:
         # Sessions are mostly cookies, which go along with every site's requests (CSRF).
-        origin = request.header(b"origin")
-        if origin is not None and not origins.allows(origin.decode("latin-1")):
-            raise Forbidden(
-                "Pages of this origin may not call.",
-                hint=f'add "{origin.decode("latin-1")}" to cors.origins',
-            )
+        origins.require(request.header(b"origin"))
         # An embedded server has no lane but ASGI, so there is a scope.
         return identified(authenticate(HTTPConnection(request.scope or {})))
 

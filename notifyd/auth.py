@@ -21,6 +21,7 @@ from notifyd import names
 from notifyd.errors import (
     ConfigurationError,
     Conflict,
+    Forbidden,
     TokenExpired,
     Unauthorized,
     Unavailable,
@@ -756,3 +757,10 @@ class Origins:
         if origin == "null" or not self._development:
             return False
         return self._any or _LOOPBACK(origin) is not None
+
+    def require(self, origin: bytes | None) -> None:
+        """Raise Forbidden where a page of this origin, as its header has it, may not call."""
+        text = None if origin is None else origin.decode("latin-1")
+        if not self.allows(text):
+            hint = f'add "{text}" to cors.origins'
+            raise Forbidden("Pages of this origin may not call.", hint=hint)

@@ -6,6 +6,7 @@ and Postgres answer with an awaitable, and the code between them is written once
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -40,6 +41,13 @@ def then(value: Eventually[T], continuation: Callable[[T], U]) -> Eventually[U]:
 
 async def _after(value: Awaitable[T], continuation: Callable[[T], U]) -> U:
     return continuation(await value)
+
+
+def retrieve(future: asyncio.Future[Any]) -> None:
+    """A callback where a failure is told elsewhere, or changes nothing: without it asyncio would
+    complain that nobody looked."""
+    if not future.cancelled():
+        future.exception()
 
 
 def rescue(

@@ -26,6 +26,7 @@ import msgspec
 import structlog
 
 from notifyd.errors import ConfigurationError, Unavailable
+from notifyd.eventually import retrieve
 from notifyd.log import RateLimitedLog
 from notifyd.resilience import Backoff, BreakerState, CircuitBreaker, Guarded
 
@@ -186,7 +187,7 @@ class RedisAddress(msgspec.Struct, frozen=True):
         finally:
             for each in asked:
                 each.cancel()
-                each.add_done_callback(_ignore)
+                each.add_done_callback(retrieve)
         raise ConnectionError(f"no sentinel tells the master: {_text(reason or OSError())}")
 
     async def _ask_sentinel(self, host: str, port: int) -> tuple[str, int]:
@@ -277,7 +278,7 @@ class _Link(asyncio.Protocol):
             if script is not None and script.sha not in self.loaded:
                 self.loaded.add(script.sha)
                 loading = _Call(script.load, self._loop.create_future(), None, None)
-                loading.future.add_done_callback(_ignore)
+                loading.future.add_done_callback(retrieve)
                 loading.deadline = deadline
                 self.unanswered.append(loading)
                 chunks.append(script.load)
@@ -693,12 +694,6 @@ class _AnswerError(Exception):
 
 def _error_answer(text: str) -> _AnswerError:
     return _AnswerError(text)
-
-
-def _ignore(future: asyncio.Future[Any]) -> None:
-    """The call behind it says what is wrong."""
-    if not future.cancelled():
-        future.exception()
 
 
 def _text(error: BaseException) -> str:

@@ -359,6 +359,7 @@ class Proxy:
         """Connections so far."""
         self._target = port
         self._writers: set[asyncio.StreamWriter] = set()
+        self._forgotten: set[asyncio.StreamWriter] = set()
         self._passing: set[asyncio.Task[None]] = set()
         self._open = asyncio.Event()
         self._open.set()
@@ -399,6 +400,11 @@ class Proxy:
         """Pass nothing on, and close nothing: the network went silent."""
         self._open.clear()
 
+    def forget(self) -> None:
+        """Pass nothing on over the connections that there are, ever again, as a firewall does whose
+        table was lost; new ones work."""
+        self._forgotten |= self._writers
+
     def heal(self) -> None:
         """Pass on what is sent from now on; what was held stays on its way until `release`."""
         self._stuck.append(self._open)
@@ -435,10 +441,13 @@ class Proxy:
         finally:
             for writer in writers:
                 self._writers.discard(writer)
+                self._forgotten.discard(writer)
                 writer.transport.abort()
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
+            if writer in self._forgotten:
+                continue
             await self._open.wait()
             if writer.is_closing():
                 break

@@ -8,6 +8,7 @@ longer than he said; an answer that comes later is told where somebody still wan
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
@@ -55,7 +56,7 @@ MAX_SENT_BYTES = MAX_MESSAGE_BYTES // 2
 Reply = Told | Reached | Held | Answer
 
 
-class Awaited:
+class Awaited(ABC):
     """Answers that somebody waits for: `expected` is how many nodes were reached, None until that
     is known.
 
@@ -93,9 +94,9 @@ class Awaited:
         """Whether every node that was reached has answered."""
         return self.expected is not None and len(self.answers) >= self.expected
 
+    @abstractmethod
     def finish(self) -> None:
         """All answers are there, or it is time."""
-        raise NotImplementedError
 
 
 class Asked(Awaited):

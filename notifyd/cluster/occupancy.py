@@ -14,9 +14,9 @@ from heapq import nlargest
 from notifyd.cluster.bus import Bus
 from notifyd.cluster.messages import ALONE, Connected, encode
 from notifyd.cluster.nodes import Nodes
-from notifyd.cluster.presence import retrieve
 from notifyd.connections.registry import Registry
 from notifyd.errors import Unavailable
+from notifyd.eventually import retrieve
 from notifyd.queue.redis_keys import ClusterKeys
 from notifyd.redis_client import Redis
 from notifyd.tenants import MAX_TENANTS

@@ -15,6 +15,7 @@ from typing import Any
 
 from notifyd.cluster.nodes import script
 from notifyd.errors import Unavailable
+from notifyd.eventually import retrieve
 from notifyd.queue.redis_keys import RedisKeys, bucket_of, member
 from notifyd.redis_client import Redis
 
@@ -308,9 +309,3 @@ async def settle(calls: Sequence[asyncio.Future[int]]) -> None:
     """Wait until all are answered, or none will come."""
     if calls:
         await asyncio.wait(calls)
-
-
-def retrieve(call: asyncio.Future[Any]) -> None:
-    """For a call whose failure changes nothing; the client has logged it."""
-    if not call.cancelled():
-        call.exception()

@@ -24,7 +24,7 @@ import structlog
 from notifyd.cluster.lease import Lease
 from notifyd.dispatch.redis_trigger import BadMessages, Intake, Ready, Said, unavailable
 from notifyd.errors import BadRequest, NotifydError, Unavailable
-from notifyd.eventually import Eventually, settled
+from notifyd.eventually import Eventually, retrieve, settled
 from notifyd.log import RateLimitedLog
 from notifyd.metrics import Metrics
 from notifyd.notification import Receipt, Target
@@ -240,7 +240,7 @@ class RedisStream:
             *("STREAMS", self._key, ">"),
             convert=_new_entries,
         )
-        reading.add_done_callback(_retrieve)
+        reading.add_done_callback(retrieve)
         return reading
 
     async def _take_over_all(self, idle: float) -> None:
@@ -509,12 +509,6 @@ def _uuid_of(key: str, entry: bytes) -> str:
     text = hashlib.blake2b(b"%s\0%s" % (key.encode(), entry), digest_size=16).hexdigest()
     variant = "89ab"[int(text[16], 16) & 3]
     return f"{text[:8]}-{text[8:12]}-8{text[13:16]}-{variant}{text[17:20]}-{text[20:]}"
-
-
-def _retrieve(reading: asyncio.Future[Any]) -> None:
-    """Whoever waits for it is told; where nobody does any more, nothing is lost."""
-    if not reading.cancelled():
-        reading.exception()
 
 
 def _reason(error: Unavailable) -> str:

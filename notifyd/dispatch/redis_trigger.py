@@ -32,7 +32,7 @@ from notifyd.compose import (
 from notifyd.decoding import Decoder
 from notifyd.dispatch.dispatcher import Dispatcher
 from notifyd.errors import BadRequest, NotifydError, PayloadTooLarge, Unavailable, ValidationError
-from notifyd.eventually import Eventually, is_awaitable, settled
+from notifyd.eventually import Eventually, is_awaitable, retrieve, settled
 from notifyd.idempotency import (
     Fresh,
     IdempotencyKeys,
@@ -225,7 +225,7 @@ class Intake:
                 continue
             if is_awaitable(claim):
                 claim = asyncio.ensure_future(claim)
-                claim.add_done_callback(_retrieve)
+                claim.add_done_callback(retrieve)
             claims.append(claim)
         return claims
 
@@ -490,7 +490,7 @@ class RedisTrigger:
     def _queue(self, ready: Eventually[Ready | None], channel: bytes) -> None:
         """Wait in line: what comes behind a message is not sent before it."""
         waiting = asyncio.ensure_future(settled(ready))
-        waiting.add_done_callback(_retrieve)
+        waiting.add_done_callback(retrieve)
         self._line.append((waiting, channel))
         if self._walking is None:
             self._walking = asyncio.ensure_future(self._walk())
@@ -553,7 +553,7 @@ class RedisTrigger:
             answer = asyncio.ensure_future(self._keeps_up())
         except Unavailable:
             return  # it takes nothing now, so that nothing gathers
-        answer.add_done_callback(_retrieve)
+        answer.add_done_callback(retrieve)
         self._count(answer, weight)
 
     async def aclose(self) -> None:
@@ -571,9 +571,3 @@ class RedisTrigger:
         for prepared, _ in self._line:
             prepared.cancel()
         self._line.clear()
-
-
-def _retrieve(answer: asyncio.Future[Any]) -> None:
-    """Its failure is told where it is awaited, if it is."""
-    if not answer.cancelled():
-        answer.exception()

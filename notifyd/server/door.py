@@ -175,7 +175,7 @@ class Door:
             self._on_many_left()
 
     def close_silent(self) -> None:
-        """The server stops: sockets that never spoke need no answer."""
+        """The server stops: sockets that were not heard need no answer."""
         for handshake in self.handshakes:
             handshake.cancel()
         for each in list(self.waiting):

@@ -175,7 +175,6 @@ class HttpProtocol(HttpToolsProtocol):
     _in_head = False
     _head_bytes = 0
     _head_began = False
-    _counts = False
     _ended = False
     _upgrades = False
     _upgrade_ignored = False
@@ -238,8 +237,6 @@ class HttpProtocol(HttpToolsProtocol):
                 self.transport.close()
             return
         self._head_began = self._ended = False
-        # A head that begins and ends in less than it may have need not be counted.
-        self._counts = len(data) > MAX_HEAD_BYTES
         in_trailer = self._trailer
         try:
             try:
@@ -312,17 +309,17 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         """A piece of the request's target."""
-        if self._counts and self._head_began:
+        if self._head_began:
             self._head_bytes += len(url)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._refusal = _head_too_large()
-                raise self._refusal
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._refusal = _head_too_large()
+            raise self._refusal
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header. As uvicorn does it, in one call."""
         headers = self.headers
-        if self._counts and self._head_began:
+        if self._head_began:
             self._head_bytes += len(name) + len(value) + 4
         if self._head_bytes > MAX_HEAD_BYTES or len(headers) >= MAX_HEADERS:
             self._refusal = _head_too_large()

@@ -28,7 +28,7 @@ QUICK = {"heartbeat_interval": 0.05, "idle_timeout": IDLE_TIMEOUT}
 
 
 @pytest.fixture(params=["memory", "redis", "postgres"])
-def kept_in(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+def kept(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     """Settings of one who keeps everything there."""
     if request.param == "memory":
         return {}
@@ -101,9 +101,9 @@ async def all_stored(host: Host, count: int) -> None:
 
 @pytest.mark.parametrize("query", ["", "&acks=1"], ids=["pongs", "acks"])
 async def test_what_a_silent_phone_did_not_confirm_comes_to_the_next_device(
-    kept_in: dict[str, Any], start_on: StartServer, query: str
+    kept: dict[str, Any], start_on: StartServer, query: str
 ) -> None:
-    host = await start_on(websocket=QUICK, **kept_in)
+    host = await start_on(websocket=QUICK, **kept)
     async with phone(host, query) as dead:
         dead.network.hold()
         ids = await written(host)
@@ -118,9 +118,9 @@ async def test_what_a_silent_phone_did_not_confirm_comes_to_the_next_device(
 
 
 async def test_what_a_phone_read_and_did_not_ack_comes_to_the_next_device(
-    kept_in: dict[str, Any], start_on: StartServer
+    kept: dict[str, Any], start_on: StartServer
 ) -> None:
-    host = await start_on(websocket=QUICK, **kept_in)
+    host = await start_on(websocket=QUICK, **kept)
     async with phone(host, "&acks=1") as dead:
         ids = await written(host)
         for id in ids:
@@ -132,9 +132,9 @@ async def test_what_a_phone_read_and_did_not_ack_comes_to_the_next_device(
 
 
 async def test_what_a_slow_consumer_did_not_take_comes_to_the_next_device(
-    kept_in: dict[str, Any], start_on: StartServer
+    kept: dict[str, Any], start_on: StartServer
 ) -> None:
-    host = await start_on(websocket={"outbox_max_bytes": 262_144}, **kept_in)
+    host = await start_on(websocket={"outbox_max_bytes": 262_144}, **kept)
     slow = await host.raw_websocket("ada", receive_buffer=4096)
     ids = []
     outcome = "delivered"
@@ -154,9 +154,9 @@ async def test_what_a_slow_consumer_did_not_take_comes_to_the_next_device(
 
 
 async def test_a_half_open_phone_withholds_nothing_from_the_next_device(
-    kept_in: dict[str, Any], start_on: StartServer
+    kept: dict[str, Any], start_on: StartServer
 ) -> None:
-    host = await start_on(**kept_in)
+    host = await start_on(**kept)
     async with phone(host, "&acks=1") as half_open:
         half_open.network.hold()
         ids = await written(host)

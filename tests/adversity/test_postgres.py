@@ -208,6 +208,20 @@ async def test_connections_lost_while_idle_are_replaced_and_nobody_notices(
         assert postgres.breaker._failures == 0
 
 
+async def test_connections_that_the_network_forgot_cost_one_timeout_and_not_one_each(
+    postgres_server: PostgresServer, url: str
+) -> None:
+    async with (
+        through_a_proxy(url, postgres_server.port) as (between, through),
+        store(through, pool_min=4, pool_max=4) as postgres,
+    ):
+        assert len(await asyncio.gather(*(backend_pid(postgres) for _ in range(8)))) == 8
+        between.forget()
+        with pytest.raises(Unavailable):
+            await backend_pid(postgres)
+        assert len(await asyncio.gather(*(backend_pid(postgres) for _ in range(8)))) == 8
+
+
 async def test_a_connection_lost_on_the_way_is_one_failure_and_keeps_its_reason(
     postgres_server: PostgresServer, url: str
 ) -> None:

@@ -263,6 +263,37 @@ class TestExpiry:
         await confirm(ledger, "ann", FIRST)
 
 
+class TestMany:
+    async def test_each_of_many_recipients_is_accounted_for(self, backend: Backend) -> None:
+        """More than a store takes in one go."""
+        ledger = await backend.ledger(max_pending=10_000)
+        users = [f"user-{n}" for n in range(1_300)]
+        await expect(ledger, FIRST, *users)
+        assert await states(ledger, FIRST) == dict.fromkeys(users, "pending")
+        assert (await stats(ledger)).pending == 1_300
+        await expect(ledger, FIRST, *users[600:], queued=True)
+        assert (await stats(ledger)).pending == 600
+        await confirm(ledger, users[0], FIRST)
+        await confirm(ledger, users[1_299], FIRST)
+        await expect(ledger, FIRST, *users)
+        found = await states(ledger, FIRST)
+        assert found.pop(users[0]) == found.pop(users[1_299]) == "confirmed"
+        assert set(found.values()) == {"pending"}
+        assert (await stats(ledger)).pending == 1_298
+
+    async def test_each_of_many_notifications_is_accounted_for(self, backend: Backend) -> None:
+        ledger = await backend.ledger(max_pending=10_000)
+        ids = [f"6f1de0fd-0000-4000-8000-{n:012d}" for n in range(700)]
+        for id in ids[::2]:
+            await expect(ledger, id, "ann", queued=True)
+        await settled(ledger.expect_each("acme", [(id, "ann") for id in ids]))
+        assert (await stats(ledger)).pending == 700
+        await confirm(ledger, "ann", *ids[:650])
+        assert (await stats(ledger)).pending == 50
+        assert await states(ledger, ids[649]) == {"ann": "confirmed"}
+        assert await states(ledger, ids[650]) == {"ann": "pending"}
+
+
 class TestBounds:
     async def test_the_oldest_notification_goes_first(self, backend: Backend) -> None:
         ledger = await backend.ledger(max_pending=8)

@@ -121,6 +121,19 @@ class TestStoring:
         assert await settled(logs.depth()) == 0
 
 
+class TestReadingMany:
+    async def test_a_page_of_many_of_several_priorities_is_in_order(self, backend: Backend) -> None:
+        """More than a store looks at in one go, of each priority."""
+        logs = await backend.logs(max_size_per_user=1_000)
+        priorities = [Priority.NORMAL, Priority.NORMAL, Priority.CRITICAL]
+        stored = [a_notification(priority=priorities[n % 3]) for n in range(400)]
+        await all_settled([logs.enqueue("acme", ["ann"], each) for each in stored])
+        page = await settled(logs.read("acme", "ann", max_bytes=1 << 24))
+        assert [entry.notification for entry in page.entries] == stored
+        assert page.cursor is None
+        assert await ids(logs) == [each.id for each in stored]
+
+
 class TestAtOnce:
     """Calls that are made before those before them were answered are done in their order."""
 

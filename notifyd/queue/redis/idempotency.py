@@ -8,8 +8,9 @@ from collections.abc import Awaitable
 from functools import partial
 
 from notifyd.errors import RateLimited, Unavailable, ValidationError
+from notifyd.eventually import retrieve
 from notifyd.idempotency import MAX_WAITERS, Fresh, KeptAnswer, Replay, Scope, Wait
-from notifyd.queue.redis.scripts import Clock, load_script, milliseconds, retrieve
+from notifyd.queue.redis.scripts import Clock, load_script, milliseconds
 from notifyd.queue.redis_keys import RedisKeys
 from notifyd.redis_client import Redis, Word
 

@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any, Literal
 
 from notifyd.errors import Unavailable
+from notifyd.eventually import retrieve
 from notifyd.queue.base import AckReport, AckStats, Confirmation
-from notifyd.queue.redis.scripts import Clock, load_script, microseconds, retrieve
+from notifyd.queue.redis.scripts import Clock, load_script, microseconds
 from notifyd.queue.redis_keys import RedisKeys, member
 from notifyd.redis_client import Redis, Word
 

@@ -11,11 +11,12 @@ from typing import Any
 import msgspec
 
 from notifyd.errors import Unavailable
+from notifyd.eventually import retrieve
 from notifyd.notification import Notification
 from notifyd.queue.base import Entry, Overflow, Page, Rejection, entry_bytes
 from notifyd.queue.codec import CorruptEntry, decode_entry, encode_entry
 from notifyd.queue.corrupt import CorruptLog
-from notifyd.queue.redis.scripts import Clock, load_script, milliseconds, retrieve
+from notifyd.queue.redis.scripts import Clock, load_script, milliseconds
 from notifyd.queue.redis_keys import RedisKeys, bucket_of, member
 from notifyd.redis_client import Redis, Word
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from importlib.resources import files
-from typing import Any
 
 from notifyd.redis_client import Script, Word
 
@@ -25,9 +23,3 @@ def milliseconds(clock: Clock | None) -> Word:
 
 def microseconds(clock: Clock | None) -> Word:
     return "" if clock is None else int(clock() * 1_000_000)
-
-
-def retrieve(future: asyncio.Future[Any]) -> None:
-    """For a call whose failure changes nothing; the client has logged it."""
-    if not future.cancelled():
-        future.exception()
