@@ -153,10 +153,10 @@ class Connection:
     from this one, whatever becomes of them.
     `before_gap` has the ids of what it was sent, and had not confirmed, when it was last told what
     a full queue gave up; None where it was not.
-    `replays` counts the replays that took more than one turn of the event loop, from their
-    beginning. `ack_credit` counts what was held and is settled, and may be acked all the same;
-    `budget` is what the client may still say, once that was asked. `unanswered` counts the ids of
-    its acks that wait for the stores.
+    `replays` counts the replays that had something to bring, from their beginning. `ack_credit`
+    counts what was held and is settled, and may be acked all the same; `budget` is what the client
+    may still say, once that was asked. `unanswered` counts the ids of its acks that wait for the
+    stores.
     """
 
     __slots__ = (

@@ -136,31 +136,33 @@ class Replayer:
         written without a task. `known`: done when the other nodes can find the user here, which
         comes before his log is read."""
         if known is not None:
-            connection.outbox.hold_back()
-            self._begin(connection)
+            self._hold(connection)
             self._spawn(self._replay_known(connection, known))
             return
-        first: Eventually[Page] | None = None
-        already = 0
-        if self._readers.enter_at_once():
-            first = self._read(connection, 0)
-            if not is_awaitable(first):
-                self._readers.leave(answered=first is not _UNAVAILABLE)
-                if self._is_nothing(connection, first):
-                    return
-                connection.outbox.hold_back()
-                cursor, already = self._send_page(connection, first)
-                if cursor is None:
-                    others, all_sent = self._send_others(connection)
-                    already += others
-                    if all_sent:
-                        self._finish(connection, already)
-                        return
-                first = Page((), cursor)
-        # Nothing came between: all of this is one turn of the event loop.
+        first = self._read(connection, 0) if self._readers.enter_at_once() else None
+        if first is None or is_awaitable(first):
+            self._hold(connection)
+            self._spawn(self._replay(connection, first, 0))
+            return
+        self._readers.leave(answered=first is not _UNAVAILABLE)
+        if self._is_nothing(connection, first):
+            return
+        # Before anything is written, which may close a device that reads too slowly, and have what
+        # it held return to this very log.
+        self._hold(connection)
+        cursor, already = self._send_page(connection, first)
+        if cursor is None:
+            others, all_sent = self._send_others(connection)
+            already += others
+            if all_sent and not self._again[connection]:
+                self._finish(connection, already)
+                return
+        self._spawn(self._replay(connection, Page((), cursor), already))
+
+    def _hold(self, connection: Connection) -> None:
+        """What is live waits for the replay that begins here."""
         connection.outbox.hold_back()
         self._begin(connection)
-        self._spawn(self._replay(connection, first, already))
 
     def _is_nothing(self, connection: Connection, page: Page) -> bool:
         """Whether this page of his log is all there is to replay to a user, and is empty: nearly
@@ -476,6 +478,7 @@ class Replayer:
     def _finish(self, connection: Connection, replayed: int) -> None:
         self._tell_caught_up(connection, replayed)
         self._let_go(connection)
+        self._end(connection)
         self._confirmations.ask_replayed(connection)
 
     def _tell_caught_up(self, connection: Connection, replayed: int) -> None:

@@ -226,6 +226,28 @@ class NothingIsLost(RuleBasedStateMachine):
             assert len(ids) == len(set(ids))
 
 
+def test_a_device_that_is_given_up_while_the_next_one_is_replayed_to() -> None:
+    """What it held returns to the log in the middle of that: it is one replay all the same."""
+    state = NothingIsLost()
+    state.begin()
+    long = b'"%s"' % (b"x" * 3000)
+    state.connect("bob", False, False)
+    state.send_to_both(long)
+    state.connect("ann", False, False)
+    state.send_to_both(long)
+    state.go_on()
+    state.broadcast(long)
+    state.stall(0)
+    state.go_on()
+    state.connect("ann", False, False)
+    state.connect("bob", False, False)
+    assert state.clients[0].connection.state is State.CLOSED
+    state.go_on()
+    state.everything_is_held_or_pending_or_confirmed()
+    state.nothing_came_twice_over_one_connection()
+    state.teardown()
+
+
 TestNothingIsLost = NothingIsLost.TestCase
 TestNothingIsLost.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, database=None

@@ -163,7 +163,7 @@ async def fan(
     load = Load(directory, core=CORE)
     async with running(server) as port:
         return await asyncio.to_thread(
-            load.run_fan, port, subscribers, asked, seconds=0.3, warmup=0.05, drain=0.2
+            load.run_fan, port, subscribers, asked, seconds=0.3, warmup=0.05, drain=2
         )
 
 
