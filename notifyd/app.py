@@ -362,6 +362,7 @@ class Notifyd(PublishingCalls):
 
     def _note_lost(self, error: Unavailable) -> None:
         """The ledger could not be told; delivery goes on without."""
+        self.metrics.ack_notes_lost_total.inc()
         self._notes_lost.warning("acknowledgements are not recorded", reason=error.message)
 
     def _lost(self, notification: Notification) -> None:

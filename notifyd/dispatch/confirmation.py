@@ -462,6 +462,7 @@ class Confirmations:
             def without_ledger(error: Unavailable) -> frozenset[str]:
                 if found.issuperset(held):
                     # Settled where it counts; only the account of it is away.
+                    self._writes.note_is_lost(error)
                     return frozenset()
                 raise error
 

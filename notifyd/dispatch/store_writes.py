@@ -353,17 +353,21 @@ class StoreWrites:
         try:
             answer = tell(*args, **kwargs)
         except Unavailable as error:
-            self._on_unavailable(error)
+            self.note_is_lost(error)
             return
         if isinstance(answer, asyncio.Future):
             answer.add_done_callback(self._noted)
         elif is_awaitable(answer):
             self._spawn(self._note_later(answer))
 
+    def note_is_lost(self, error: Unavailable) -> None:
+        """The ledger does not know of something that was sent or confirmed."""
+        self._on_unavailable(error)
+
     def _noted(self, answer: asyncio.Future[None]) -> None:
         error = None if answer.cancelled() else answer.exception()
         if isinstance(error, Unavailable):
-            self._on_unavailable(error)
+            self.note_is_lost(error)
         elif error is not None:
             raise error
 
@@ -371,7 +375,7 @@ class StoreWrites:
         try:
             await answer
         except Unavailable as error:
-            self._on_unavailable(error)
+            self.note_is_lost(error)
 
     # --- trying again ---
 
