@@ -171,6 +171,22 @@ async def test_who_is_cut_while_it_is_stored_before_it_is_sent_gets_it_on_return
     assert notifications(messages) == [(sent["notification_id"], True)]
 
 
+async def test_what_the_application_waits_for_no_longer_is_sent_all_the_same(
+    held: FaultyStore, start_on: StartServer
+) -> None:
+    host = await start_on("sockets", **held.given(queue={"mode": "always"}))
+    device = await host.websocket("ada", query="acks=1")
+    assert await replayed(device) == []
+    calls = host.notifyd.metrics.notifications_total.labels("user", "python")
+    async with holding(held):
+        sending = asyncio.create_task(host.notifyd.send(user="ada", event="x", payload=1))
+        await until(lambda: calls.value == 1, "the call")
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+    assert (await device.expect("notification"))["payload"] == 1
+
+
 async def test_a_connection_that_dies_in_mid_replay_loses_nothing(
     held: FaultyStore, start_on: StartServer
 ) -> None:
