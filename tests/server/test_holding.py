@@ -406,10 +406,11 @@ async def test_what_is_queued_stays_until_it_is_confirmed(host: Host) -> None:
 # --- what is not kept ---
 
 
+@pytest.mark.parametrize("mode", ["offline", "always"])
 async def test_a_full_queue_gives_up_the_lowest_priority_and_tells(
-    start: StartServer, transport: Transport
+    start: StartServer, transport: Transport, mode: str
 ) -> None:
-    host = await start(queue={"max_size_per_user": 3})
+    host = await start(queue={"max_size_per_user": 3, "mode": mode})
     answers = [
         await host.publish(user("ada"), priority=priority)
         for priority in ("Normal", "Low", "Critical", "High", "Low")
