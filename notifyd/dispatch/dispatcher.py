@@ -533,6 +533,7 @@ class Dispatcher:
     def _enqueue(
         self, logs: UserLogs, tenant_name: str, user_ids: Sequence[str], notification: Notification
     ) -> Eventually[Sequence[Rejection | None]]:
+        self._writes.go_before(tenant_name, user_ids)
         return then(
             logs.enqueue(tenant_name, user_ids, notification),
             lambda rejections: self._enqueued(tenant_name, user_ids, notification, rejections),

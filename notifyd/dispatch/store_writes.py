@@ -197,6 +197,16 @@ class StoreWrites:
         self._in_line.update(dict.fromkeys(later))
 
     def _store_waiting(self, key: UserKey) -> None:
+    def go_before(self, tenant: str, users: Sequence[str]) -> None:
+        """Something is about to be stored for these: what waits only for its turn goes first, for
+        it was sent before that."""
+        if self._in_line:
+            for user_id in users:
+                key = (tenant, user_id)
+                if key in self._in_line and key not in self._storing:
+                    del self._in_line[key]
+                    self._store_waiting(key)
+
         notifications = self.take_homeless(*key)
         if self._logs is not None and notifications:
             self._store(self._logs, key, notifications, replay=True)

@@ -11,6 +11,7 @@ from typing import Literal
 import asyncpg
 import pytest
 
+from notifyd.dispatch import store_writes
 from tests.adversity.store_faults import FaultyStore, faulty_postgres, faulty_redis
 from tests.conftest import StartServer
 from tests.front_door import Host, Message, RawWebSocket, WebSocketListener, until, user
@@ -185,6 +186,31 @@ async def test_what_the_application_waits_for_no_longer_is_sent_all_the_same(
         with pytest.raises(asyncio.CancelledError):
             await sending
     assert (await device.expect("notification"))["payload"] == 1
+
+
+async def test_what_waits_for_its_turn_is_stored_before_what_is_sent_later(
+    held: FaultyStore, start_on: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where more is handed back at once than a store is given at a time."""
+    monkeypatch.setattr(store_writes, "MAX_ON_THEIR_WAY", 1)
+    host = await start_on("sockets", **held.given())
+    phones = []
+    for name in ("eve", "ada"):
+        phones.append(await host.raw_websocket(name, query="acks=1"))
+        await until(lambda: not host.notifyd._replayer._again, "the end of the replay")
+    sent = [(await host.publish(user(name)))["notification_id"] for name in ("eve", "ada")]
+    async with holding(held):
+        # One after the other, so that it is the second that waits.
+        users = host.notifyd._registry.tenant("default").users
+        phones[0].vanish()
+        await until(lambda: "eve" not in users, "the end of the first")
+        phones[1].vanish()
+        await until(lambda: not users, "the end of the second")
+        assert host.notifyd._writes._in_line
+        sending = await asked_to_send(host)
+    ids = [sent[1], (await sending)["notification_id"]]
+    messages = await replayed(await host.websocket("ada"))
+    assert notifications(messages) == [(id, True) for id in ids]
 
 
 async def test_a_connection_that_dies_in_mid_replay_loses_nothing(
