@@ -78,6 +78,7 @@ class StoreWrites:
         # fails, what is behind it must not come before it.
         self._homeless: dict[UserKey, dict[str, Notification]] = {}
         self._storing: dict[UserKey, dict[str, Notification]] = {}
+        self._storing_tasks: dict[UserKey, asyncio.Task[None]] = {}
         self._on_their_way = 0
         self._in_line: dict[UserKey, None] = {}
         self._failures = 0
@@ -146,7 +147,7 @@ class StoreWrites:
         if later:
             self._storing[key] = {notification.id: notification for notification, _ in later}
             self._on_their_way += len(later)
-            self._watch(self._store_later(key, later, replay=replay))
+            self._storing_tasks[key] = self._watch(self._store_later(key, later, replay=replay))
 
     async def _store_later(
         self,
@@ -171,7 +172,7 @@ class StoreWrites:
                     storing.pop(notification.id, None)
                     returned |= self._stored(key, notification, rejections[0])
         finally:
-            del self._storing[key]
+            del self._storing[key], self._storing_tasks[key]
             self._on_their_way -= len(answers)
         if returned and replay:
             self.on_returned(*key)
@@ -196,7 +197,6 @@ class StoreWrites:
                 break
         self._in_line.update(dict.fromkeys(later))
 
-    def _store_waiting(self, key: UserKey) -> None:
     def go_before(self, tenant: str, users: Sequence[str]) -> None:
         """Something is about to be stored for these: what waits only for its turn goes first, for
         it was sent before that."""
@@ -207,6 +207,7 @@ class StoreWrites:
                     del self._in_line[key]
                     self._store_waiting(key)
 
+    def _store_waiting(self, key: UserKey) -> None:
         notifications = self.take_homeless(*key)
         if self._logs is not None and notifications:
             self._store(self._logs, key, notifications, replay=True)
@@ -268,6 +269,11 @@ class StoreWrites:
             else:
                 taken.append(notification)
         return taken
+
+    def on_its_way(self, tenant: str, user_id: str) -> asyncio.Task[None] | None:
+        """Done when what is on its way to this user's log is there, or is known not to be; None
+        where there is nothing. Not to be cancelled."""
+        return self._storing_tasks.get((tenant, user_id))
 
     async def forget_confirmed(self, *users: UserKey) -> None:
         """Let go of what waits for a store that is away, and was confirmed on other nodes."""
@@ -414,10 +420,11 @@ class StoreWrites:
                 return
         await self._flushed()
 
-    def _watch(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _watch(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(coroutine)
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
+        return task
 
     async def _flushed(self) -> None:
         """Wait for what is under way."""

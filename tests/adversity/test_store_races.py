@@ -11,10 +11,11 @@ from typing import Literal
 import asyncpg
 import pytest
 
+from notifyd.connections import replay
 from notifyd.dispatch import store_writes
 from tests.adversity.store_faults import FaultyStore, faulty_postgres, faulty_redis
 from tests.conftest import StartServer
-from tests.front_door import Host, Message, RawWebSocket, WebSocketListener, until, user
+from tests.front_door import WAIT, Host, Message, RawWebSocket, WebSocketListener, until, user
 from tests.stores import RedisServer
 
 LARGE = "x" * 40_000
@@ -186,6 +187,43 @@ async def test_what_the_application_waits_for_no_longer_is_sent_all_the_same(
         with pytest.raises(asyncio.CancelledError):
             await sending
     assert (await device.expect("notification"))["payload"] == 1
+
+
+async def test_who_comes_back_at_once_gets_first_what_is_still_being_stored(
+    held: FaultyStore, start_on: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "STORE_SECONDS", WAIT)
+    host = await start_on("sockets", **held.given())
+    phone = await host.raw_websocket("ada", query="acks=1")
+    await until(lambda: not host.notifyd._replayer._again, "the end of the replay")
+    first = await host.publish(user("ada"))
+    async with storing_late(host, held):
+        phone.vanish()
+        users = host.notifyd._registry.tenant("default").users
+        await until(lambda: "ada" not in users, "the end of the connection")
+        device = await host.websocket("ada", query="acks=1")
+        second = await host.publish(user("ada"))
+        assert second["outcome"] == "delivered"
+    messages = await replayed(device)
+    ids = [first["notification_id"], second["notification_id"]]
+    assert notifications(messages) == [(ids[0], True), (ids[1], False)]
+    assert messages[1] == {"type": "caught_up", "replayed": 1}
+
+
+async def test_who_comes_while_it_moves_to_the_queue_gets_it(
+    held: FaultyStore, start_on: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond `ack.max_pending`: the other device has got it, and does not hold it any more."""
+    monkeypatch.setattr(replay, "STORE_SECONDS", WAIT)
+    host = await start_on("sockets", **held.given(ack={"max_pending": 1}))
+    other = await host.websocket("ada", query="acks=1")
+    await until(lambda: not host.notifyd._replayer._again, "the end of the replay")
+    async with storing_late(host, held):
+        sent = [await host.publish(user("ada")) for _ in range(2)]
+        device = await host.websocket("ada", query="acks=1")
+    ids = [each["notification_id"] for each in sent]
+    assert notifications(await replayed(device)) == [(id, True) for id in ids]
+    assert [each["id"] for each in await other.notifications(2)] == ids
 
 
 async def test_what_waits_for_its_turn_is_stored_before_what_is_sent_later(
