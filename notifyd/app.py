@@ -46,7 +46,7 @@ from notifyd.dispatch.dispatcher import Dispatcher
 from notifyd.dispatch.redis_sources import RedisSources
 from notifyd.dispatch.store_writes import MAX_ON_THEIR_WAY, StoreWrites
 from notifyd.errors import ConfigurationError, Unauthorized, Unavailable
-from notifyd.eventually import Eventually, settled
+from notifyd.eventually import Eventually, is_awaitable, settled
 from notifyd.forwarded import TrustedProxies
 from notifyd.identifiers import new_uuid
 from notifyd.identity import DEFAULT_TENANT, Identity, Principal
@@ -102,6 +102,8 @@ class Notifyd(PublishingCalls):
         self._started_at = clock()
         self._phase: Phase = "starting"
         self._tasks = BackgroundTasks()
+        # Calls in this process that wait for a store. Whoever made them may be gone.
+        self._sending: set[asyncio.Future[bytes]] = set()
         self._notes_lost = RateLimitedLog(self._log)
         self.metrics = Metrics()
         self._backends = Backends(
@@ -362,6 +364,7 @@ class Notifyd(PublishingCalls):
 
     def _note_lost(self, error: Unavailable) -> None:
         """The ledger could not be told; delivery goes on without."""
+        self.metrics.ack_notes_lost_total.inc()
         self._notes_lost.warning("acknowledgements are not recorded", reason=error.message)
 
     def _lost(self, notification: Notification) -> None:
@@ -499,7 +502,8 @@ class Notifyd(PublishingCalls):
     # --- publishing in process ---
 
     async def perform(self, call: Call[T]) -> T:
-        """Make a publishing call in this process. Raises `notifyd.errors`."""
+        """Make a publishing call in this process. Raises `notifyd.errors`; cancelled, the call is
+        made all the same."""
         return await self._perform(call, DEFAULT_TENANT)
 
     def of_tenant(self, tenant_id: str) -> TenantCalls:
@@ -518,7 +522,15 @@ class Notifyd(PublishingCalls):
         request.request_id = "in process"
         # Nothing is repeated inside a process, so only a key of the caller's own is worth keeping.
         request.idempotency_key = call.idempotency_key
-        return call.decode(await settled(endpoint.in_process(request)))
+        answer = endpoint.in_process(request)
+        if not is_awaitable(answer):
+            return call.decode(answer)
+        # Whoever gives up waiting takes nothing back: what a store was asked to keep would be in
+        # the log, and be sent only when its user connects again.
+        sending = asyncio.ensure_future(answer)
+        self._sending.add(sending)
+        sending.add_done_callback(self._sending.discard)
+        return call.decode(await asyncio.shield(sending))
 
 
 class TenantCalls(PublishingCalls):

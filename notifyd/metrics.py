@@ -353,6 +353,10 @@ class Metrics:
         self.ack_seconds = self._histogram(
             "ack_seconds", "From delivery to acknowledgement.", MILLISECONDS_TO_MINUTES
         )
+        self.ack_notes_lost_total = self._counter(
+            "ack_notes_lost_total",
+            "Notes of what was sent and confirmed that the ledger's store did not take.",
+        )
         self.ratelimit_allowed_total = self._counters(
             "ratelimit_allowed_total",
             "Requests, handshakes and messages let through, where limits are on.",

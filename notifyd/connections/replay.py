@@ -259,6 +259,7 @@ class Replayer:
             all_sent = False
             while not all_sent and connection.state is State.OPEN:
                 await connection.outbox.drained()
+                replayed += await self._send_what_was_on_its_way(connection)
                 identity = connection.identity
                 await self._writes.forget_confirmed((identity.tenant, identity.user_id))
                 others, all_sent = self._send_others(connection)
@@ -277,6 +278,20 @@ class Replayer:
             self._end(connection)
         self._confirmations.ask_replayed(connection)
         self._ask_patiently(connection)
+
+    async def _send_what_was_on_its_way(self, connection: Connection) -> int:
+        """What was handed back and is being stored may be in no page yet, and nobody holds it any
+        more; how many of it were sent. It was sent before what others hold."""
+        identity = connection.identity
+        storing = self._writes.on_its_way(identity.tenant, identity.user_id)
+        if storing is None or connection in self._without_store:
+            return 0
+        await asyncio.wait({storing}, timeout=STORE_SECONDS)
+        if not storing.done():
+            self._do_without_store(connection)
+            return 0
+        self._again[connection] = False
+        return await self._send_pages(connection, None)
 
     def _ask_patiently(self, connection: Connection) -> None:
         """The store that was done without may only be slow, and nothing live waits for it now."""

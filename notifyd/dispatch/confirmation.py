@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from heapq import merge
 from itertools import count, islice
 from typing import TypeVar
 
@@ -390,8 +391,7 @@ class Confirmations:
         if not unconfirmed:
             return
         identity = connection.identity
-        returned: list[Notification] = []
-        last = 0.0
+        returned: list[Held | HeldTogether] = []
         for held in unconfirmed.values():
             if isinstance(held, HeldTogether):
                 held.leave()
@@ -405,15 +405,22 @@ class Confirmations:
                 self._let_go(held)
                 if held.stored:
                     continue
-            returned.append(held.notification)
-            last = held.since
-        if returned:
-            for held in self.held_by_others(connection):
-                # It goes to the log first, or who connects later would get it behind these.
-                if held.since < last:
-                    self._move_to_log(held)
+            returned.append(held)
+        if not returned:
+            self._forget_settled()
+            return
+        # What others hold of before goes to the log between these, or who connects later would get
+        # it out of its order.
+        last = returned[-1].since
+        earlier = [held for held in self.held_by_others(connection) if held.since < last]
+        for held in earlier:
+            self._leave_to_log(held)
         self._forget_settled()
-        self._writes.give_back(identity.tenant, identity.user_id, returned)
+        self._writes.give_back(
+            identity.tenant,
+            identity.user_id,
+            [held.notification for held in merge(earlier, returned, key=lambda held: held.since)],
+        )
 
     # --- confirming ---
 
@@ -462,6 +469,7 @@ class Confirmations:
             def without_ledger(error: Unavailable) -> frozenset[str]:
                 if found.issuperset(held):
                     # Settled where it counts; only the account of it is away.
+                    self._writes.note_is_lost(error)
                     return frozenset()
                 raise error
 

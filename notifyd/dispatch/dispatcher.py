@@ -533,6 +533,7 @@ class Dispatcher:
     def _enqueue(
         self, logs: UserLogs, tenant_name: str, user_ids: Sequence[str], notification: Notification
     ) -> Eventually[Sequence[Rejection | None]]:
+        self._writes.go_before(tenant_name, user_ids)
         return then(
             logs.enqueue(tenant_name, user_ids, notification),
             lambda rejections: self._enqueued(tenant_name, user_ids, notification, rejections),
@@ -561,10 +562,12 @@ class Dispatcher:
             if self._cluster is not None:
                 self._cluster.replay(tenant_name, kept, before_live=True)
         if len(kept) < len(user_ids):
-            self._metrics.delivery_failures_total.labels("queue_full").inc(
-                len(user_ids) - len(kept)
-            )
+            self._count_failures([each for each in rejections if each is not None])
         return rejections
+
+    def _count_failures(self, reasons: Sequence[str]) -> None:
+        for reason in dict.fromkeys(reasons):
+            self._metrics.delivery_failures_total.labels(reason).inc(reasons.count(reason))
 
     # --- stored before it is sent ---
 
@@ -653,12 +656,15 @@ class Dispatcher:
             ]
             self._expect(tenant_name, notification, queued, queued=True)
             self._metrics.queue_enqueued_total.inc(rejections.count(None))
+            if rejections.count(None) < len(rejections):
+                failed = [results[user_id].reason for user_id in recipients]
+                self._count_failures([reason for reason in failed if reason is not None])
             return receipt(notification.id, results)
 
         def refused(error: Unavailable) -> Sequence[Rejection | None]:
             if len(user_ids) == 1:
                 raise error
-            return self._unavailable(len(recipients))
+            return ["unavailable"] * len(recipients)
 
         stored = rescue(lambda: logs.enqueue(tenant_name, recipients, notification), refused)
         return chain(then(stored, send), _itself)

@@ -78,6 +78,7 @@ class StoreWrites:
         # fails, what is behind it must not come before it.
         self._homeless: dict[UserKey, dict[str, Notification]] = {}
         self._storing: dict[UserKey, dict[str, Notification]] = {}
+        self._storing_tasks: dict[UserKey, asyncio.Task[None]] = {}
         self._on_their_way = 0
         self._in_line: dict[UserKey, None] = {}
         self._failures = 0
@@ -146,7 +147,7 @@ class StoreWrites:
         if later:
             self._storing[key] = {notification.id: notification for notification, _ in later}
             self._on_their_way += len(later)
-            self._watch(self._store_later(key, later, replay=replay))
+            self._storing_tasks[key] = self._watch(self._store_later(key, later, replay=replay))
 
     async def _store_later(
         self,
@@ -171,7 +172,7 @@ class StoreWrites:
                     storing.pop(notification.id, None)
                     returned |= self._stored(key, notification, rejections[0])
         finally:
-            del self._storing[key]
+            del self._storing[key], self._storing_tasks[key]
             self._on_their_way -= len(answers)
         if returned and replay:
             self.on_returned(*key)
@@ -195,6 +196,16 @@ class StoreWrites:
             if self._failures != failures:
                 break
         self._in_line.update(dict.fromkeys(later))
+
+    def go_before(self, tenant: str, users: Sequence[str]) -> None:
+        """Something is about to be stored for these: what waits only for its turn goes first, for
+        it was sent before that."""
+        if self._in_line:
+            for user_id in users:
+                key = (tenant, user_id)
+                if key in self._in_line and key not in self._storing:
+                    del self._in_line[key]
+                    self._store_waiting(key)
 
     def _store_waiting(self, key: UserKey) -> None:
         notifications = self.take_homeless(*key)
@@ -258,6 +269,11 @@ class StoreWrites:
             else:
                 taken.append(notification)
         return taken
+
+    def on_its_way(self, tenant: str, user_id: str) -> asyncio.Task[None] | None:
+        """Done when what is on its way to this user's log is there, or is known not to be; None
+        where there is nothing. Not to be cancelled."""
+        return self._storing_tasks.get((tenant, user_id))
 
     async def forget_confirmed(self, *users: UserKey) -> None:
         """Let go of what waits for a store that is away, and was confirmed on other nodes."""
@@ -353,17 +369,21 @@ class StoreWrites:
         try:
             answer = tell(*args, **kwargs)
         except Unavailable as error:
-            self._on_unavailable(error)
+            self.note_is_lost(error)
             return
         if isinstance(answer, asyncio.Future):
             answer.add_done_callback(self._noted)
         elif is_awaitable(answer):
             self._spawn(self._note_later(answer))
 
+    def note_is_lost(self, error: Unavailable) -> None:
+        """The ledger does not know of something that was sent or confirmed."""
+        self._on_unavailable(error)
+
     def _noted(self, answer: asyncio.Future[None]) -> None:
         error = None if answer.cancelled() else answer.exception()
         if isinstance(error, Unavailable):
-            self._on_unavailable(error)
+            self.note_is_lost(error)
         elif error is not None:
             raise error
 
@@ -371,7 +391,7 @@ class StoreWrites:
         try:
             await answer
         except Unavailable as error:
-            self._on_unavailable(error)
+            self.note_is_lost(error)
 
     # --- trying again ---
 
@@ -400,10 +420,11 @@ class StoreWrites:
                 return
         await self._flushed()
 
-    def _watch(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _watch(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(coroutine)
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
+        return task
 
     async def _flushed(self) -> None:
         """Wait for what is under way."""

@@ -521,6 +521,8 @@ class MemoryAckLedger:
             self._count(waited)
 
     def _count(self, seconds: float) -> None:
+        # A clock that was set back makes no ack come before what it answers.
+        seconds = max(0.0, seconds)
         self._acknowledged += 1
         self._total_seconds += seconds
         self._recent_seconds.append(seconds)

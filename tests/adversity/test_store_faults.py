@@ -531,6 +531,26 @@ async def test_always_sends_nothing_that_is_not_stored(
 
 
 @pytest.mark.parametrize("store", ["redis", "postgres"])
+async def test_what_the_ledger_is_not_told_is_counted(
+    faulty: FaultyStore, start_on: StartServer
+) -> None:
+    """Whom it was sent to, and the ack, which is answered all the same."""
+    host = await start_on("sockets", **faulty.given(queue={"backend": "memory"}))
+    ann = await host.websocket("ann", query="acks=1")
+
+    async def lost(count: int) -> bool:
+        return await host.metric("ack_notes_lost_total") == count
+
+    assert await lost(0)
+    async with FAULTS["refused"](faulty):
+        sent = (await host.publish(user("ann")))["notification_id"]
+        await ann.notifications(1)
+        await eventually(lambda: lost(1), "the loss of what was sent")
+        assert await ann.ack(sent) == {"type": "acked", "notification_id": sent}
+        assert await lost(2)
+
+
+@pytest.mark.parametrize("store", ["redis", "postgres"])
 async def test_a_store_that_hangs_does_not_hold_up_the_end(
     faulty: FaultyStore, start_on: StartServer
 ) -> None:

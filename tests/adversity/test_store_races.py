@@ -11,9 +11,11 @@ from typing import Literal
 import asyncpg
 import pytest
 
+from notifyd.connections import replay
+from notifyd.dispatch import store_writes
 from tests.adversity.store_faults import FaultyStore, faulty_postgres, faulty_redis
 from tests.conftest import StartServer
-from tests.front_door import Host, Message, RawWebSocket, WebSocketListener, until, user
+from tests.front_door import WAIT, Host, Message, RawWebSocket, WebSocketListener, until, user
 from tests.stores import RedisServer
 
 LARGE = "x" * 40_000
@@ -169,6 +171,84 @@ async def test_who_is_cut_while_it_is_stored_before_it_is_sent_gets_it_on_return
     assert sent["outcome"] == "queued"
     messages = await replayed(await host.websocket("ada"))
     assert notifications(messages) == [(sent["notification_id"], True)]
+
+
+async def test_what_the_application_waits_for_no_longer_is_sent_all_the_same(
+    held: FaultyStore, start_on: StartServer
+) -> None:
+    host = await start_on("sockets", **held.given(queue={"mode": "always"}))
+    device = await host.websocket("ada", query="acks=1")
+    assert await replayed(device) == []
+    calls = host.notifyd.metrics.notifications_total.labels("user", "python")
+    async with holding(held):
+        sending = asyncio.create_task(host.notifyd.send(user="ada", event="x", payload=1))
+        await until(lambda: calls.value == 1, "the call")
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+    assert (await device.expect("notification"))["payload"] == 1
+
+
+async def test_who_comes_back_at_once_gets_first_what_is_still_being_stored(
+    held: FaultyStore, start_on: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "STORE_SECONDS", WAIT)
+    host = await start_on("sockets", **held.given())
+    phone = await host.raw_websocket("ada", query="acks=1")
+    await until(lambda: not host.notifyd._replayer._again, "the end of the replay")
+    first = await host.publish(user("ada"))
+    async with storing_late(host, held):
+        phone.vanish()
+        users = host.notifyd._registry.tenant("default").users
+        await until(lambda: "ada" not in users, "the end of the connection")
+        device = await host.websocket("ada", query="acks=1")
+        second = await host.publish(user("ada"))
+        assert second["outcome"] == "delivered"
+    messages = await replayed(device)
+    ids = [first["notification_id"], second["notification_id"]]
+    assert notifications(messages) == [(ids[0], True), (ids[1], False)]
+    assert messages[1] == {"type": "caught_up", "replayed": 1}
+
+
+async def test_who_comes_while_it_moves_to_the_queue_gets_it(
+    held: FaultyStore, start_on: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond `ack.max_pending`: the other device has got it, and does not hold it any more."""
+    monkeypatch.setattr(replay, "STORE_SECONDS", WAIT)
+    host = await start_on("sockets", **held.given(ack={"max_pending": 1}))
+    other = await host.websocket("ada", query="acks=1")
+    await until(lambda: not host.notifyd._replayer._again, "the end of the replay")
+    async with storing_late(host, held):
+        sent = [await host.publish(user("ada")) for _ in range(2)]
+        device = await host.websocket("ada", query="acks=1")
+    ids = [each["notification_id"] for each in sent]
+    assert notifications(await replayed(device)) == [(id, True) for id in ids]
+    assert [each["id"] for each in await other.notifications(2)] == ids
+
+
+async def test_what_waits_for_its_turn_is_stored_before_what_is_sent_later(
+    held: FaultyStore, start_on: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where more is handed back at once than a store is given at a time."""
+    monkeypatch.setattr(store_writes, "MAX_ON_THEIR_WAY", 1)
+    host = await start_on("sockets", **held.given())
+    phones = []
+    for name in ("eve", "ada"):
+        phones.append(await host.raw_websocket(name, query="acks=1"))
+        await until(lambda: not host.notifyd._replayer._again, "the end of the replay")
+    sent = [(await host.publish(user(name)))["notification_id"] for name in ("eve", "ada")]
+    async with holding(held):
+        # One after the other, so that it is the second that waits.
+        users = host.notifyd._registry.tenant("default").users
+        phones[0].vanish()
+        await until(lambda: "eve" not in users, "the end of the first")
+        phones[1].vanish()
+        await until(lambda: not users, "the end of the second")
+        assert host.notifyd._writes._in_line
+        sending = await asked_to_send(host)
+    ids = [sent[1], (await sending)["notification_id"]]
+    messages = await replayed(await host.websocket("ada"))
+    assert notifications(messages) == [(id, True) for id in ids]
 
 
 async def test_a_connection_that_dies_in_mid_replay_loses_nothing(

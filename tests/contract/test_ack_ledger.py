@@ -346,6 +346,18 @@ class TestStats:
         assert figures.p95_ms == pytest.approx(95_500, abs=501)
         assert backend.told.acknowledged == pytest.approx(range(1, 101))
 
+    async def test_none_took_less_than_nothing_where_clocks_differ(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann")
+        await settled(ledger.expect_anyone("acme", SECOND))
+        clock.now -= 5
+        await acknowledge(ledger, "ann", FIRST)
+        await acknowledge(ledger, "ann", SECOND)
+        assert backend.told.acknowledged == [0.0, 0.0]
+        assert (await stats(ledger)).average_ms == 0.0
+
     async def test_what_waited_in_the_queue_counts_from_when_it_was_sent(
         self, backend: Backend, clock: Clock
     ) -> None:

@@ -150,6 +150,17 @@ class TestAtOnce:
         assert await ids(logs) == [each.id for each in notifications]
         assert await ids(logs, "bob") == [each.id for each in notifications[::3]]
 
+    async def test_what_is_sent_again_at_the_same_moment_is_judged_anew(
+        self, backend: Backend
+    ) -> None:
+        """Nothing is called stored that is not."""
+        logs = await backend.logs(max_size_per_user=1)
+        low, normal = a_notification(priority=Priority.LOW), a_notification()
+        calls = [logs.enqueue("acme", ["ann"], each) for each in (low, normal, low)]
+        assert await all_settled(calls) == [[None], [None], ["queue_full"]]
+        assert await ids(logs) == [normal.id]
+        assert backend.told.dropped == 1
+
     async def test_what_is_being_stored_can_be_settled(self, backend: Backend) -> None:
         logs = await backend.logs()
         first, second = a_notification(), a_notification()

@@ -371,6 +371,23 @@ async def test_what_comes_back_is_in_order_with_what_another_device_holds(host: 
     await replayed_to(await host.websocket("ada", query="acks=1"), ids)
 
 
+async def test_what_comes_back_is_in_order_with_what_came_between_to_another_device(
+    host: Host,
+) -> None:
+    dying = await host.raw_websocket("ada", query="acks=1", greeted=False)
+    its_id = (await dying.receive())["connection_id"]
+    other = await host.websocket("ada", query="acks=1")
+    others_id = other.connected["connection_id"]
+    ids = []
+    for left_out in (others_id, its_id, others_id):
+        host.clock.advance(1)
+        sent = await host.publish(user("ada"), exclude_connection=left_out)
+        ids.append(sent["notification_id"])
+    dying.vanish()
+    await becomes(lambda: queued(host), 3)
+    await replayed_to(await host.websocket("ada", query="acks=1"), ids)
+
+
 async def test_what_is_queued_stays_until_it_is_confirmed(host: Host) -> None:
     ids = await publish_many(host, "ada", 2)
     for _ in range(2):
@@ -389,10 +406,11 @@ async def test_what_is_queued_stays_until_it_is_confirmed(host: Host) -> None:
 # --- what is not kept ---
 
 
+@pytest.mark.parametrize("mode", ["offline", "always"])
 async def test_a_full_queue_gives_up_the_lowest_priority_and_tells(
-    start: StartServer, transport: Transport
+    start: StartServer, transport: Transport, mode: str
 ) -> None:
-    host = await start(queue={"max_size_per_user": 3})
+    host = await start(queue={"max_size_per_user": 3, "mode": mode})
     answers = [
         await host.publish(user("ada"), priority=priority)
         for priority in ("Normal", "Low", "Critical", "High", "Low")

@@ -300,6 +300,7 @@ DOCUMENTED = {
     "ack_received_total",
     "ack_expired_total",
     "ack_seconds",
+    "ack_notes_lost_total",
     "ratelimit_allowed_total",
     "ratelimit_denied_total",
     "http_requests_total",

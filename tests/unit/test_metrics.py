@@ -6,15 +6,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from notifyd.metrics import MAX_CHILDREN, Histogram, Metrics
 
-# protocol.md, "Metrics": everything without a mark, what [stores] brings, corrupt entries, and of
-# [cluster] what rate limits count.
+# protocol.md, "Metrics": everything without a mark, what [stores] brings, corrupt entries, what the
+# ledger was not told, and of [cluster] what rate limits count.
 PROTOCOL = """
 connections{transport}, users_connected, channels_active, channel_subscriptions,
 connections_opened_total{transport}, connections_closed_total{transport,reason},
 connection_duration_seconds; notifications_total{target,source}, deliveries_total{transport},
 delivery_failures_total{reason}, dispatch_seconds, fanout_seconds, outbox_bytes; queue_messages,
 queue_enqueued_total, queue_replayed_total, queue_expired_total, queue_dropped_total,
-queue_corrupt_total{reason}; ack_pending, ack_received_total, ack_expired_total, ack_seconds;
+queue_corrupt_total{reason}; ack_pending, ack_received_total, ack_expired_total, ack_seconds,
+ack_notes_lost_total;
 ratelimit_allowed_total{kind}, ratelimit_denied_total{kind};
 redis_up, redis_breaker_state, redis_reconnects_total, redis_bad_messages_total,
 redis_dead_letters_total, redis_trigger_active, postgres_up, postgres_breaker_state;

@@ -153,6 +153,22 @@ class TestOffline:
         assert (receipt.delivered_to, receipt.failed, receipt.queued) == (1, 2, 0)
         assert world.metrics.delivery_failures_total.labels("unavailable").value == 2
 
+    @pytest.mark.parametrize("store_first", [False, True])
+    async def test_each_failure_is_counted_by_its_reason(self, store_first: bool) -> None:
+        """A store in parts may have answered for some."""
+        world = Away(store_first=store_first)
+
+        class InParts:
+            def enqueue(self, *args: Any, **options: Any) -> list[str | None]:
+                return ["queue_full", None, "unavailable", "unavailable"]
+
+        world.store.behind = InParts()
+        receipt = await world.sent(Target("users", ("u1", "u2", "u3", "u4")))
+        assert (receipt.queued, receipt.failed) == (1, 3)
+        failures = world.metrics.delivery_failures_total
+        assert failures.labels("queue_full").value == 1
+        assert failures.labels("unavailable").value == 2
+
     async def test_a_ledger_that_is_away_keeps_nobody_from_being_queued(self) -> None:
         world = Away()
         world.accounts.state = "failing"

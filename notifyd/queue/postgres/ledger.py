@@ -516,7 +516,7 @@ class _Judged(msgspec.Struct, eq=False):
             if record.anyone:
                 if call.by_ack:
                     self.anyones[record.id] = self.anyones.get(record.id, 0) + 1
-                    self.change.seconds.append(call.at - record.sent_at)
+                    self._took(call, record.sent_at)
             elif (ack := known.get((record.id, call.user_id))) is None:
                 continue
             else:
@@ -524,12 +524,15 @@ class _Judged(msgspec.Struct, eq=False):
             answer.add(id)
         return answer
 
+    def _took(self, call: _Confirm, since: float) -> None:
+        # Another server's clock may be ahead of this one's.
+        self.change.seconds.append(max(0.0, call.at - since))
+
     def _confirm(self, call: _Confirm, record: _Record, ack: _Known) -> None:
         if ack.state == _CONFIRMED and (ack.by_ack or not call.by_ack):
             return
         if call.by_ack:
-            since = ack.sent_at if ack.state == _PENDING else record.sent_at
-            self.change.seconds.append(call.at - since)
+            self._took(call, ack.sent_at if ack.state == _PENDING else record.sent_at)
         self.change.pending -= ack.state == _PENDING
         ack.state = _CONFIRMED
         ack.by_ack = call.by_ack

@@ -51,6 +51,11 @@ class _Enqueue(Call, eq=False):
     owed: bool
 
     @property
+    def keys(self) -> Iterable[UserKey]:
+        """Whose logs it goes to."""
+        return ((self.tenant, user_id) for user_id in self.recipients)
+
+    @property
     def weight(self) -> int:
         return CALL_BYTES + ROW_BYTES * len(self.recipients) + len(self.body)
 
@@ -80,19 +85,22 @@ _Write: TypeAlias = "_Enqueue | _Settle | _Erase"
 
 def _take_writes(waiting: deque[_Write]) -> Sequence[_Write]:
     """What may be done in one go: all that is stored, then all that is settled. What would change
-    a user's order by that, or erases, waits for the next."""
+    a user's order by that, or erases, waits for the next, and so does what a user is sent again:
+    what becomes of it hangs on what became of it before."""
     batch: list[_Write] = [waiting.popleft()]
     if isinstance(batch[0], _Erase):
         while waiting and isinstance(waiting[0], _Erase):
             batch.append(waiting.popleft())
         return batch
     settled: set[UserKey] = set()
+    stored: dict[str, set[UserKey]] = {}
     rows = size = 0
     call: _Write = batch[0]
     while True:
         if isinstance(call, _Enqueue):
             rows += len(call.recipients)
             size += len(call.recipients) * len(call.body)
+            stored.setdefault(call.notification.id, set()).update(call.keys)
         elif isinstance(call, _Settle):
             rows += len(call.ids)
             settled.add(call.key)
@@ -101,12 +109,12 @@ def _take_writes(waiting: deque[_Write]) -> Sequence[_Write]:
         call = waiting[0]
         if isinstance(call, _Erase) or rows >= ROWS_PER_BATCH or size >= BYTES_PER_BATCH:
             return batch
-        if (
-            settled
-            and isinstance(call, _Enqueue)
-            and any((call.tenant, user_id) in settled for user_id in call.recipients)
-        ):
-            return batch
+        if isinstance(call, _Enqueue):
+            before = stored.get(call.notification.id)
+            if settled and not settled.isdisjoint(call.keys):
+                return batch
+            if before is not None and not before.isdisjoint(call.keys):
+                return batch
         batch.append(waiting.popleft())
 
 
