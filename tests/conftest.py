@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from uuid import uuid4
 
 import pytest
+import structlog
 import uvloop
 from hypothesis import settings
 
@@ -23,6 +24,14 @@ SOCKETS = ("server", "adversity", "cluster")
 settings.register_profile("notifyd", deadline=None)
 settings.load_profile("notifyd")
 
+# The default draws a traceback with rich where that is installed, for a second or two at a time.
+structlog.configure(
+    processors=[
+        structlog.processors.add_log_level,
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
+
 # Servers that tests start are compiled once, not at each start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -34,6 +43,14 @@ def pytest_asyncio_loop_factories(
     if item.path.parent.name in SOCKETS:
         return {"uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is there to strain a server is not slowed down by counting its lines: what it reaches,
+    a plainer test must reach too."""
+    for item in items:
+        if item.path.parent.name == "adversity" or item.path.stem == "test_isolation":
+            item.add_marker(pytest.mark.no_cover)
 
 
 class StartServer(Protocol):

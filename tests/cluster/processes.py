@@ -38,7 +38,11 @@ class NodeProcess:
         self.port = free_port()
         self.log = log
         self._process: Process | None = None
-        given = {key: text for key, text in os.environ.items() if not key.startswith("NOTIFYD_")}
+        given = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("NOTIFYD_", "COVERAGE_"))
+        }
         self._environment = given | {
             "PYTHONPATH": str(Path(__file__).parents[2]),
             "NOTIFYD_SERVER__PORT": str(self.port),
