@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import resource
 import signal
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from tests.adversity.hosting import Hosted, free_port
 from tests.front_door import ADMIN_KEY, SECRET, Lane
+from tests.stores import environment_of_a_server
 
 START_SECONDS = 20.0
 
@@ -61,13 +61,7 @@ class ServerProcess:
         self.log = directory / f"{lane}.log"
         self._lane: Lane = lane
         self._directory = directory
-        given = {
-            name: value
-            for name, value in os.environ.items()
-            # What is measured here, and what works hard, is the server and not its coverage.
-            if not name.startswith(("NOTIFYD_", "COVERAGE_"))
-        }
-        self._environment = given | {
+        self._environment = environment_of_a_server() | {
             "NOTIFYD_AUTH__JWT_SECRET": SECRET,
             "NOTIFYD_AUTH__API_KEY": ADMIN_KEY,
             "PYTHONPATH": str(Path(__file__).parents[2]),

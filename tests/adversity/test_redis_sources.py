@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import random
 import resource
 import signal
@@ -32,7 +31,7 @@ from notifyd.redis_client import Redis
 from notifyd.resilience import CircuitBreaker
 from tests.conftest import StartServer
 from tests.front_door import ADMIN_KEY, SECRET, Host, WebSocketListener, until
-from tests.stores import RedisServer, free_port, proxy, serving
+from tests.stores import RedisServer, environment_of_a_server, free_port, proxy, serving
 
 EVENT = {"event_type": "order.created", "payload": {"n": 1}}
 STREAM = "notifications"
@@ -264,11 +263,7 @@ class Servers:
     def __init__(self, directory: Path, url: str, **environment: str) -> None:
         self._directory = directory
         self._environment = {
-            **{
-                name: value
-                for name, value in os.environ.items()
-                if not name.startswith(("NOTIFYD_", "COVERAGE_"))
-            },
+            **environment_of_a_server(),
             "NOTIFYD_AUTH__JWT_SECRET": SECRET,
             "NOTIFYD_AUTH__API_KEY": ADMIN_KEY,
             "NOTIFYD_REDIS__URL": url,

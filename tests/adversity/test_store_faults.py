@@ -340,7 +340,9 @@ async def test_what_was_given_up_is_not_stored_after_it_was_settled(
     # Over the connections that there are now, so that what was late has come before.
     await send(host, "bob")
     await ann.close()
+    deadline = time.monotonic() + WAIT
     while True:
+        assert time.monotonic() < deadline, "the store does not stay well"
         again = await host.websocket("ann", query="acks=1")
         await host.publish(user("ann"), payload="next")
         if (message := await again.receive())["type"] != "gap":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, Process
@@ -25,7 +24,7 @@ from tests.front_door import (
     WebSocketListener,
     token,
 )
-from tests.stores import free_port
+from tests.stores import environment_of_a_server, free_port
 
 START_SECONDS = 30.0
 
@@ -38,12 +37,7 @@ class NodeProcess:
         self.port = free_port()
         self.log = log
         self._process: Process | None = None
-        given = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("NOTIFYD_", "COVERAGE_"))
-        }
-        self._environment = given | {
+        self._environment = environment_of_a_server() | {
             "PYTHONPATH": str(Path(__file__).parents[2]),
             "NOTIFYD_SERVER__PORT": str(self.port),
             "NOTIFYD_SERVER__SHUTDOWN_GRACE_SECONDS": "5",
