@@ -31,12 +31,11 @@ RECORDS_PER_TURN = 1000
 CONFIRMED_AT_ONCE = 128
 
 
-class _Stored:
-    __slots__ = ("entry", "expires_at")
+class _Stored(Entry, frozen=True, gc=False):
+    """An entry, and when it is dead (Unix seconds). One object and not two, and nothing for the
+    garbage collector to walk through: there may be millions."""
 
-    def __init__(self, entry: Entry, expires_at: float) -> None:
-        self.entry = entry
-        self.expires_at = expires_at
+    expires_at: float
 
 
 class _Log:
@@ -122,9 +121,10 @@ class MemoryUserLogs:
             self._expired_uncounted += self._drop_expired(log, self._clock())
             if self._full(log) and not self._give_up_one(log, notification):
                 return "queue_full"
-        log.entries[notification.id] = _Stored(Entry(log.next_offset, notification), expires_at)
-        self._last_offset = max(self._last_offset, log.next_offset)
-        log.next_offset += 1
+        offset = log.next_offset
+        log.entries[notification.id] = _Stored(offset, notification, expires_at)
+        log.next_offset = offset + 1
+        self._last_offset = max(self._last_offset, offset)
         self._depth += 1
         return None
 
@@ -142,13 +142,11 @@ class MemoryUserLogs:
         """Make room below the newcomer's priority or at it; False where it is the least itself."""
         if not log.entries:
             return False
-        least = min(stored.entry.notification.priority.rank for stored in log.entries.values())
+        least = min(entry.notification.priority.rank for entry in log.entries.values())
         if newcomer.priority.rank < least:
             return False
         victim = next(
-            stored.entry
-            for stored in log.entries.values()
-            if stored.entry.notification.priority.rank == least
+            entry for entry in log.entries.values() if entry.notification.priority.rank == least
         )
         del log.entries[victim.notification.id]
         self._depth -= 1
@@ -178,9 +176,8 @@ class MemoryUserLogs:
             log.told = True
         page: list[Entry] = []
         size = 0
-        for stored in log.entries.values():
-            entry = stored.entry
-            if entry.offset <= after or stored.expires_at <= now:
+        for entry in log.entries.values():
+            if entry.offset <= after or entry.expires_at <= now:
                 continue
             size += entry_bytes(entry.notification)
             if page and size > max_bytes:
@@ -291,8 +288,8 @@ _Record = _Recipient | _Recipients | _Anyone
 class MemoryAckLedger:
     """`AckLedger` in dictionaries.
 
-    Bounded by `max_pending` recipients over all notifications: the oldest notification is let go of
-    first, and every one an hour after it was sent.
+    Bounded by `max_pending` recipients over all notifications: beyond it the oldest notifications
+    are let go of, up to a 128th of them at once, and every one an hour after it was sent.
     """
 
     def __init__(
@@ -308,6 +305,8 @@ class MemoryAckLedger:
         # Nobody is let go of before he is late.
         self._retention = max(LEDGER_RETENTION_SECONDS, timeout_seconds)
         self._max_pending = max_pending
+        # Where it is full, a part is let go of at once: most calls then find room.
+        self._room = max_pending - max_pending // 128
         self._clock = clock
         self._on_acknowledged = on_acknowledged
         self._on_expired = on_expired
@@ -582,7 +581,7 @@ class MemoryAckLedger:
     def _let_go_of_the_oldest(self) -> None:
         sent, records, order = self._sent, self._records, self._order
         self._records_change()
-        while self._size > self._max_pending and order:
+        while self._size > self._room and order:
             self._let_go(order.popleft())
         # Entries of notifications that are gone; without this they would outlive the bound.
         while sent and sent[0] not in records:
