@@ -20,8 +20,8 @@ PATIENCE_SECONDS = 0.25
 class RedisLimit:
     """One rate for many, by Redis's clock; a `clock` (Unix seconds) stands in for it in tests.
 
-    `name` tells limits apart. Where Redis does not answer in time, or its breaker is open, `local`
-    decides: each node by itself then lets the whole rate through.
+    `name` tells limits apart. Where Redis does not answer in `patience_seconds`, or its breaker is
+    open, `local` decides: each node by itself then lets the whole rate through.
     """
 
     def __init__(
@@ -32,8 +32,10 @@ class RedisLimit:
         local: LocalLimit,
         *,
         clock: Callable[[], float] | None = None,
+        patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
         self._redis = redis
+        self._patience_seconds = patience_seconds
         self._local = local
         self._clock = clock
         self._rate = rate = local.rate
@@ -55,7 +57,7 @@ class RedisLimit:
 
     async def _within(self, taken: asyncio.Future[Verdict], who: str) -> Verdict:
         try:
-            async with asyncio.timeout(PATIENCE_SECONDS):
+            async with asyncio.timeout(self._patience_seconds):
                 # Shielded, because a call that was given up would tell the breaker nothing.
                 return await asyncio.shield(taken)
         except (TimeoutError, Unavailable):

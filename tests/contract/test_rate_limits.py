@@ -31,6 +31,12 @@ def no_clock() -> float:
     raise AssertionError("Redis is there")
 
 
+def shared(redis: Redis, keys: RedisKeys, rate: Rate, clock: Clock | None = None) -> RedisLimit:
+    """With more patience than a busy machine takes of it."""
+    local = LocalLimit(rate, clock=no_clock, max_buckets=100)
+    return RedisLimit(redis, keys, "test", local, clock=clock, patience_seconds=30)
+
+
 async def a_redis(url: str, stack: AsyncExitStack, keys: RedisKeys) -> Redis:
     redis = Redis(url, CircuitBreaker(BreakerSettings()), probe_key=keys.probe)
     await redis.start()
@@ -61,9 +67,7 @@ async def make(
     if request.param == "local":
         return lambda rate: LocalLimit(rate, clock=clock, max_buckets=100)
     redis = await a_redis(request.getfixturevalue("redis_url"), stack, keys)
-    return lambda rate: RedisLimit(
-        redis, keys, "test", LocalLimit(rate, clock=no_clock, max_buckets=100), clock=clock
-    )
+    return lambda rate: shared(redis, keys, rate, clock)
 
 
 async def take(limit: Limit, who: str = "a", times: int = 1) -> list[Verdict]:
@@ -116,9 +120,7 @@ def test_redis_lets_the_same_through_as_this_process(
             clock, keys = Clock(), RedisKeys(f"test-{new_uuid()}")
             redis = await a_redis(redis_url, stack, keys)
             here = LocalLimit(rate, clock=clock, max_buckets=100)
-            there = RedisLimit(
-                redis, keys, "t", LocalLimit(rate, clock=no_clock, max_buckets=100), clock=clock
-            )
+            there = shared(redis, keys, rate, clock)
             milliseconds = int(NOW * 1000)
             for passed, times in calls:
                 milliseconds += passed
@@ -136,15 +138,7 @@ class TestRedis:
     ) -> None:
         import asyncio
 
-        limits = [
-            RedisLimit(
-                await a_redis(redis_url, stack, keys),
-                keys,
-                "test",
-                LocalLimit(SLOW, clock=no_clock, max_buckets=100),
-            )
-            for _ in range(3)
-        ]
+        limits = [shared(await a_redis(redis_url, stack, keys), keys, SLOW) for _ in range(3)]
         verdicts = await asyncio.gather(
             *(settled(limit.take("a")) for limit in limits for _ in range(10))
         )
@@ -154,7 +148,7 @@ class TestRedis:
         self, redis_url: str, stack: AsyncExitStack, keys: RedisKeys
     ) -> None:
         redis = await a_redis(redis_url, stack, keys)
-        limit = RedisLimit(redis, keys, "test", LocalLimit(SLOW, clock=no_clock, max_buckets=100))
+        limit = shared(redis, keys, SLOW)
         await take(limit, "a b", 3)
         key = keys.rate_limit("test-1.360000.10", "a b")
         assert key.endswith(":{rate|test-1.360000.10|a%20b}")
@@ -168,7 +162,5 @@ class TestRedis:
     ) -> None:
         redis = await a_redis(redis_url, stack, keys)
         for rate in (SLOW, Rate.parse("20/hour")):
-            limit = RedisLimit(
-                redis, keys, "test", LocalLimit(rate, clock=no_clock, max_buckets=100)
-            )
+            limit = shared(redis, keys, rate)
             assert sum(each.allowed for each in await take(limit, times=25)) == rate.burst

@@ -35,7 +35,10 @@ local function confirm(record, pending)
         return -1
     end
     local since
-    if before == 'p' then
+    if before == 'p' and #state > 1 then
+        since = string.sub(state, 2)
+        confirmed = confirmed + 1
+    elseif before == 'p' then
         since = how == 'a' and redis.call('ZSCORE', pending, user)
         confirmed = confirmed + redis.call('ZREM', pending, user)
     end

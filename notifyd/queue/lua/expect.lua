@@ -25,8 +25,13 @@ while at <= #ARGV do
         unpack(ARGV, first, math.min(first + PART - 1, last)))
     local before = 2
     local new, changes = not known[1], {}
+    local only = new and first == last and kind ~= 'anyone'
     if new then
         changes = {'s', now}
+        if only then
+            changes = {'s', now, 'o', ARGV[first]}
+            size = size - 1
+        end
         if kind == 'anyone' then
             changes = {'s', now, 'n', 0}
             size = size - 1
@@ -43,20 +48,29 @@ while at <= #ARGV do
         local to = math.min(from + PART - 1, last)
         local scores, returned = {}, {}
         for each = from, to do
-            local user, state = ARGV[each], known[each - from + 1 + before]
+            local user, state = ARGV[each], known[each - from + 1 + before] or ''
+            local letter = string.sub(state, 1, 1)
+            local alone = only or #state > 1
             if kind == 'queued' then
-                if not state or state == 'p' then
+                if letter == '' or letter == 'p' then
                     changes[#changes + 1] = user
-                    changes[#changes + 1] = 'q'
-                    if state then
+                    changes[#changes + 1] = alone and 'q1' or 'q'
+                    if letter == 'p' and alone then
+                        waiting = waiting - 1
+                    elseif letter == 'p' then
                         returned[#returned + 1] = user
                     end
                 end
-            elseif not state or state == 'p' or state == 'q' or state == 'x' then
+            elseif letter ~= 'a' and letter ~= 't' then
                 changes[#changes + 1] = user
-                changes[#changes + 1] = 'p'
-                scores[#scores + 1] = now
-                scores[#scores + 1] = user
+                if alone then
+                    changes[#changes + 1] = string.format('p%.0f', now)
+                    waiting = waiting + (letter == 'p' and 0 or 1)
+                else
+                    changes[#changes + 1] = 'p'
+                    scores[#scores + 1] = now
+                    scores[#scores + 1] = user
+                end
             end
         end
         if #changes > 0 then

@@ -9,8 +9,10 @@
 -- A notification, "tenant|id":
 --   record   hash: s when it was sent first, n how many acked one that expects nobody in particular,
 --            u<user> what became of a recipient: q queued, p pending, x expired, a<when> acked,
---            t<when> confirmed by the transport
+--            t<when> confirmed by the transport; o the u<user> who was its only recipient when it
+--            was expected first: his are q1, p<when he was sent it last> and x1
 --   pending  sorted set: u<user> by when he was sent it last
+-- Most notifications have one recipient, so that most have no pending: it costs as much as all else.
 -- Times are in microseconds. Kept true: pending has the recipients whose state is p; size and pending
 -- in stats are the sums over all notifications.
 
@@ -28,6 +30,14 @@ local function count(stats, name, by)
     end
 end
 
+-- When the recipient whom o names was sent it last; nil if he is not pending.
+local function sent_to_only(record, user)
+    local state = user and redis.call('HGET', record, user)
+    if state and string.sub(state, 1, 1) == 'p' then
+        return tonumber(string.sub(state, 2))
+    end
+end
+
 -- Forgets a notification; how many had not confirmed. Its keys have the tag of those in KEYS and are
 -- made up here, because only the order says which is the oldest.
 local function let_go(stats, order, due, records, pendings, member)
@@ -35,8 +45,12 @@ local function let_go(stats, order, due, records, pendings, member)
     local never = redis.call('ZCARD', pending)
     local fields = redis.call('HLEN', record)
     if fields > 0 then
-        -- s counts for the notification itself; n is no recipient.
-        count(stats, 'size', redis.call('HEXISTS', record, 'n') - fields)
+        -- s counts for the notification itself; n and o are no recipients.
+        local known = redis.call('HMGET', record, 'n', 'o')
+        count(stats, 'size', (known[1] and 1 or 0) + (known[2] and 1 or 0) - fields)
+        if sent_to_only(record, known[2]) then
+            never = never + 1
+        end
     end
     count(stats, 'pending', -never)
     count(stats, 'expired', never)

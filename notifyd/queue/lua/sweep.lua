@@ -30,9 +30,19 @@ for _, member in ipairs(waiting) do
         redis.call('ZREM', pending, unpack(late))
         expired = expired + #late
     end
-    local next = redis.call('ZRANGE', pending, 0, 0, 'WITHSCORES')
-    if next[2] then
-        redis.call('ZADD', due, next[2] + timeout, member)
+    local only = redis.call('HGET', record, 'o')
+    local next = sent_to_only(record, only)
+    if next and next <= now - timeout then
+        redis.call('HSET', record, only, 'x1')
+        expired = expired + 1
+        next = nil
+    end
+    local others = redis.call('ZRANGE', pending, 0, 0, 'WITHSCORES')[2]
+    if others then
+        next = math.min(next or math.huge, tonumber(others))
+    end
+    if next then
+        redis.call('ZADD', due, next + timeout, member)
     else
         redis.call('ZREM', due, member)
     end

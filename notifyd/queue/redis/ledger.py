@@ -241,6 +241,7 @@ def _report(notification_id: str, answer: list[bytes]) -> AckReport | None:
     if sent_at is None:
         return None
     acks = int(fields.pop(b"n", 0))
+    fields.pop(b"o", None)
     recipients = [_confirmation(name[1:].decode(), state) for name, state in fields.items()]
     return AckReport(notification_id, int(sent_at) / 1_000_000, recipients, acks)
 
