@@ -229,6 +229,20 @@ class TestExpiry:
         clock.now += 10
         assert await settled(ledger.expire()) == 1
 
+    async def test_who_was_first_is_late_in_his_own_time(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        ledger = await backend.ledger(timeout_seconds=30)
+        for user in ("ann", "ann", "bob"):
+            await expect(ledger, FIRST, user)
+            clock.now += 10
+        late = []
+        for _ in range(3):
+            late.append(await settled(ledger.expire()))
+            clock.now += 10
+        assert late == [0, 1, 1]
+        assert await states(ledger, FIRST) == {"ann": "expired", "bob": "expired"}
+
     async def test_one_that_expired_may_be_sent_again(self, backend: Backend, clock: Clock) -> None:
         ledger = await backend.ledger(timeout_seconds=30)
         await expect(ledger, FIRST, "ann")
