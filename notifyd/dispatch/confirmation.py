@@ -566,11 +566,11 @@ class Confirmations:
                     if held.shared:
                         shared.append(id)
         if connection.left_to_log and (left := connection.take_left_to_log(ids)):
-            # They may be on their way there still.
-            self._writes.confirmed(identity.tenant, identity.user_id, left)
             in_log += left
             confirmed += left
         if in_log:
+            # They may be on their way there still, or once more where an answer was lost.
+            self._writes.confirmed(identity.tenant, identity.user_id, in_log)
             self._note_settled(connections, in_log)
             heard = any(connection.was_sent_behind_gap(id) for id in in_log)
             self._writes.settle(identity.tenant, identity.user_id, in_log, heard=heard)

@@ -330,6 +330,26 @@ class TestConfirming:
         await world.back()
         assert world.pending() == []
 
+    async def test_a_pong_also_confirms_what_was_stored_though_nobody_said_so(self) -> None:
+        world = Away()
+        client = await world.online()
+        notification = a_notification(now=world.clock.now)
+        await world.sent("u1", notification)
+        world.store.state = "down"
+        client.lose()
+        # It was stored all the same, and the answer was lost.
+        world.memory.enqueue("default", ("u1",), notification)
+        world.store.state = "up"
+        again = world.connect()
+        await world.tasks_done()
+        assert again.read_notifications() == [notification.id]
+        world.confirmations.ask_waiting()
+        again.pong_last()
+        await world.tasks_done()
+        assert world.pending() == []
+        await world.back()
+        assert (again.read_notifications(), world.pending()) == ([], [])
+
     async def test_a_strangers_ack_is_refused(self) -> None:
         world = Away()
         id = new_uuid()
