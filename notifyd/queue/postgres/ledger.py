@@ -310,7 +310,9 @@ class PostgresAckLedger:
 
     async def _add(self, connection: Connection, change: _Change) -> None:
         """Bring the figures up to date, and let go of the oldest beyond the bound."""
-        excess = await self._add_up(connection, change) - self._max_pending
+        # One row of totals for all of it: two transactions with several could wait for each other.
+        shard = self._shards.next()
+        excess = await self._add_up(connection, change, shard) - self._max_pending
         while excess > 0:
             oldest = await connection.fetch(QUERIES["lock_oldest_records"], RECORDS_PER_SWEEP, inf)
             going: list[int] = []
@@ -323,15 +325,15 @@ class PostgresAckLedger:
             if not going:
                 # Others are letting go of them.
                 return
-            gone = await self._let_go(connection, going)
+            gone = await self._let_go(connection, going, shard)
             excess += gone.size
             change.expired += gone.expired
 
-    async def _add_up(self, connection: Connection, change: _Change) -> int:
+    async def _add_up(self, connection: Connection, change: _Change, shard: int) -> int:
         """Returns the size of the ledger with the change."""
         before: int = await connection.fetchval(
             QUERIES["add_to_ledger"],
-            self._shards.next(),
+            shard,
             change.size,
             change.pending,
             len(change.seconds),
@@ -341,11 +343,11 @@ class PostgresAckLedger:
         )
         return before + change.size
 
-    async def _let_go(self, connection: Connection, ids: Sequence[int]) -> _Change:
+    async def _let_go(self, connection: Connection, ids: Sequence[int], shard: int) -> _Change:
         gone: Any = await connection.fetchrow(QUERIES["let_go"], ids)
         pending = gone["pending"]
         change = _Change(size=-gone["size"], pending=-pending, expired=pending)
-        await self._add_up(connection, change)
+        await self._add_up(connection, change, shard)
         return change
 
     def _tell(self, change: _Change) -> None:
@@ -403,7 +405,7 @@ class PostgresAckLedger:
                 QUERIES["count_anyones_acks"], *columns(judged.anyones.items(), 2)
             )
         if judged.change.pending or judged.change.seconds:
-            await self._add_up(connection, judged.change)
+            await self._add_up(connection, judged.change, self._shards.next())
 
     # --- looking ---
 
@@ -470,7 +472,8 @@ class PostgresAckLedger:
             if not rows:
                 return 0, False
             late: int = await connection.fetchval(QUERIES["expire_acks"], *columns(rows, 2), before)
-            await self._add_up(connection, _Change(pending=-late, expired=late))
+            late_ones = _Change(pending=-late, expired=late)
+            await self._add_up(connection, late_ones, self._shards.next())
             return late, late > 0 and len(found) == ROWS_PER_SWEEP
 
         late, more = await self._postgres.transaction(work)
@@ -486,7 +489,8 @@ class PostgresAckLedger:
             )
             if not oldest:
                 return _Change(), False
-            change = await self._let_go(connection, [row["id"] for row in oldest])
+            ids = [row["id"] for row in oldest]
+            change = await self._let_go(connection, ids, self._shards.next())
             return change, len(oldest) == RECORDS_PER_SWEEP
 
         change, more = await self._postgres.transaction(work)
