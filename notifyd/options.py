@@ -400,7 +400,11 @@ class AckSettings(Section, frozen=True, kw_only=True):
     max_pending: Annotated[
         int,
         count("deliveries"),
-        says("Held until confirmed, at most; beyond it the oldest move to the queue."),
+        says(
+            "Held until confirmed, at most; beyond it the oldest move to the queue. The ledger "
+            "keeps as many notifications and recipients for an hour; beyond it the oldest are "
+            "forgotten, and who had not confirmed counts as expired."
+        ),
     ] = 200_000
     cleanup_interval_seconds: Annotated[Seconds, says("How often expired ones are counted.")] = 60
 

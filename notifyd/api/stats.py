@@ -75,7 +75,8 @@ class QueueFigures(msgspec.Struct, gc=False):
 
 
 class AckFigures(msgspec.Struct, gc=False):
-    """Since the start, but for `pending_count`; times in ms, null before the first ack."""
+    """Of this process since its start, where memory keeps the ledger; in a store of all nodes, and
+    since the store was empty. `pending_count` is of now; times in ms, null before the first ack."""
 
     enabled: bool
     total_tracked: int

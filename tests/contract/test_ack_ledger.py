@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from notifyd.eventually import settled
 from notifyd.queue.base import AckLedger, AckReport, AckStats, Confirmation
-from tests.contract.backends import NOW, Backend, Clock
+from tests.contract.backends import NOW, Backend, Clock, postgres
 
 FIRST, SECOND = "6f1de0fd-0000-4000-8000-000000000001", "6f1de0fd-0000-4000-8000-000000000002"
 
@@ -337,6 +339,42 @@ class TestBounds:
         assert (await stats(ledger)).pending <= 8
         await expect(ledger, SECOND, "ann")
         assert await states(ledger, SECOND) == {"ann": "pending"}
+
+    async def test_one_with_many_recipients_takes_the_place_of_many(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        ledger = await backend.ledger(max_pending=1000)
+        kept = await self.crowd_out(ledger, clock)
+        assert 0 < kept < 50
+        figures = await stats(ledger)
+        assert (figures.pending, figures.expired) == (900 + kept, 500 - kept)
+
+    async def test_in_postgresql_it_changes_one_row_of_totals(
+        self, clock: Clock, request: pytest.FixtureRequest
+    ) -> None:
+        """With several, two transactions could wait for each other."""
+
+        async def versions(connection: Any) -> list[str]:
+            rows = await connection.fetch("SELECT xmin::text FROM notifyd_ack_totals")
+            return [version for (version,) in rows]
+
+        async with postgres(clock, request.getfixturevalue) as backend:
+            ledger = await backend.ledger(max_pending=1000)
+            await self.crowd_out(ledger, clock)
+            found = await backend.postgres.transaction(versions)
+        latest = max(found, key=int)
+        assert found.count(latest) == 1
+
+    @staticmethod
+    async def crowd_out(ledger: AckLedger, clock: Clock) -> int:
+        """How many of 500 are left when one with 900 recipients came."""
+        ids = [f"6f1de0fd-0000-4000-8000-{n:012d}" for n in range(10, 510)]
+        await settled(ledger.expect_each("acme", [(id, "ann") for id in ids]))
+        clock.now += 1
+        await expect(ledger, FIRST, *[f"user-{n}" for n in range(900)])
+        kept = [id for id in ids if await report(ledger, id) is not None]
+        assert kept == ids[-len(kept) :]
+        return len(kept)
 
 
 class TestStats:

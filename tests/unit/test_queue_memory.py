@@ -116,6 +116,14 @@ class TestAckLedger:
         assert ledger._size == sum(1 + len(_all_of(each)) for each in ledger._records.values())
         assert len(ledger._order) == len(ledger._records)
 
+    def test_a_full_one_makes_room_for_many(self) -> None:
+        ledger = ack_ledger(Clock(), max_pending=1280)
+        for n in range(1280):
+            ledger.expect_anyone("t", f"n{n}")
+        assert ledger._size == 1280
+        ledger.expect_anyone("t", "one too many")
+        assert ledger._size == len(ledger._records) == len(ledger._order) == 1270
+
     def test_keeps_nothing_beyond_its_bound_of_many_at_once(self) -> None:
         ledger = ack_ledger(Clock(), max_pending=100)
         for n in range(100):

@@ -25,14 +25,13 @@ while at <= #ARGV do
         unpack(ARGV, first, math.min(first + PART - 1, last)))
     local before = 2
     local new, changes = not known[1], {}
-    local only = new and first == last and kind ~= 'anyone'
+    local only = new and first == last
     if new then
         changes = {'s', now}
         if only then
             changes = {'s', now, 'o', ARGV[first]}
             size = size - 1
-        end
-        if kind == 'anyone' then
+        elseif kind == 'anyone' then
             changes = {'s', now, 'n', 0}
             size = size - 1
         end

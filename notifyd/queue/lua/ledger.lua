@@ -12,9 +12,9 @@
 --            t<when> confirmed by the transport; o the u<user> who was its only recipient when it
 --            was expected first: his are q1, p<when he was sent it last> and x1
 --   pending  sorted set: u<user> by when he was sent it last
--- Most notifications have one recipient, so that most have no pending: it costs as much as all else.
--- Times are in microseconds. Kept true: pending has the recipients whose state is p; size and pending
--- in stats are the sums over all notifications.
+-- Most notifications have one recipient, who so needs no second key.
+-- Times are in microseconds. Kept true: pending has the recipients whose state is a bare p; size and
+-- pending in stats are the sums over all notifications.
 
 local function time(given)
     if given ~= '' then

@@ -472,8 +472,8 @@ class PostgresAckLedger:
             if not rows:
                 return 0, False
             late: int = await connection.fetchval(QUERIES["expire_acks"], *columns(rows, 2), before)
-            late_ones = _Change(pending=-late, expired=late)
-            await self._add_up(connection, late_ones, self._shards.next())
+            change = _Change(pending=-late, expired=late)
+            await self._add_up(connection, change, self._shards.next())
             return late, late > 0 and len(found) == ROWS_PER_SWEEP
 
         late, more = await self._postgres.transaction(work)

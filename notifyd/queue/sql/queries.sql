@@ -1,4 +1,4 @@
--- What notifyd/queue/postgres.py says to PostgreSQL, by name. Below each name stands what it keeps
+-- What notifyd/queue/postgres/ says to PostgreSQL, by name. Below each name stands what it keeps
 -- true. Every query runs in a transaction; locks are taken on logs in the order of their names, on
 -- records of the ledger in that of theirs, on rows of totals last and one only, so that no two
 -- transactions can wait for each other.
