@@ -8,7 +8,7 @@ to its bounds; beyond them its connection is a slow consumer.
 from __future__ import annotations
 
 import os
-from asyncio import AbstractEventLoop, Future
+from asyncio import AbstractEventLoop, Future, TimerHandle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import length_hint
@@ -29,6 +29,11 @@ CHECK_EVERY = 16
 
 FRAMING_BYTES = 32
 """At most this many bytes are written around a message's JSON."""
+
+LINGER_SECONDS = 0.005
+LINGER_FOR = 100
+"""Several messages for so many wait so long at most for what other nodes have for the same: a write
+costs as much as twenty messages in it."""
 
 MAX_FAN_OUTS = 8
 """Fan-outs per tenant at once; a further one waits, which slows a fast sender down."""
@@ -163,6 +168,9 @@ class Flusher:
         self._fan_outs: dict[str, deque[FanOut]] = {}
         self.gathers = False
         """Whether something is on its way to many."""
+        self._answers_due = 0
+        self._lingering: TimerHandle | None = None
+        self._lingered = False
 
     def start(self, loop: AbstractEventLoop) -> None:
         """Flush in this loop's turns."""
@@ -186,6 +194,43 @@ class Flusher:
         if self._gathered_bytes > WRITE_BYTES:
             self._join_gathered()
         self._schedule_run()
+
+    def answer_is_due(self) -> None:
+        """Other nodes were told of something for many; `answer_came` follows, whatever happens.
+
+        Under load they have something for the same many, and it comes before their answers. So what
+        gathers here lingers until the first of these, and goes out joined with it.
+        """
+        self._answers_due += 1
+
+    def answer_came(self) -> None:
+        """Other nodes answered, or it was time."""
+        self._answers_due -= 1
+        if self._lingering is not None:
+            self._go_on()
+
+    def _lingers(self, recipients: Recipients) -> bool:
+        """Whether what is gathered for them is yet to wait. One message alone never does."""
+        if (
+            self._lingered
+            or not self._answers_due
+            or len(self._gathered) == 1
+            or len(recipients.connections) < LINGER_FOR
+        ):
+            return False
+        if self._lingering is None:
+            self._lingering = self.loop.call_later(LINGER_SECONDS, self._go_on)
+        return True
+
+    def _go_on(self) -> None:
+        self._end_lingering()
+        self._lingered = True
+        self._schedule_run()
+
+    def _end_lingering(self) -> None:
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
 
     def give_up_full(self, recipients: Recipients, message: Message) -> int:
         """Give up those of them whose transports are paused and whose outboxes have no room for
@@ -235,6 +280,8 @@ class Flusher:
     def _join_gathered(self) -> None:
         recipients, messages = self._gathered_for, self._gathered
         self._gathered_for, self._gathered, self._gathered_bytes = None, [], 0
+        self._lingered = False
+        self._end_lingering()
         if recipients is None or not recipients.connections:
             return
         tenant = recipients.tenant
@@ -285,7 +332,8 @@ class Flusher:
         finally:
             # Also where one sink failed: the others must not wait for ever.
             self.gathers = bool(self._fan_outs) or self._gathered_for is not None
-            if self._dirty or self.gathers:
+            waits = self._gathered_for is not None and self._lingering is None
+            if self._dirty or self._fan_outs or waits:
                 self.loop.call_soon(self._run)
             else:
                 self._scheduled = False
@@ -320,8 +368,11 @@ class Flusher:
             gathered = self._gathered_for
             if gathered is not None and gathered.tenant not in self._fan_outs:
                 # Not earlier: what comes while a fan-out goes on is one fan-out behind it.
-                self._join_gathered()
-                continue
+                if not self._lingers(gathered):
+                    self._join_gathered()
+                    continue
+                if not self._fan_outs:
+                    return
             tenant, under_way = next(iter(self._fan_outs.items()))
             fan_out = under_way[0]
             data, messages = fan_out.data, fan_out.messages

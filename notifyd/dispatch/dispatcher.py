@@ -851,9 +851,11 @@ class Dispatcher:
         receipt: asyncio.Future[Receipt] = self._flusher.loop.create_future()
 
         def sent(there: Spreading) -> None:
+            self._flusher.answer_came()
             if not receipt.done():
                 receipt.set_result(with_others(here, there))
 
+        self._flusher.answer_is_due()
         cluster.to_connected(tenant_name, target, notification, exclude=exclude, done=sent)
         return receipt
 
