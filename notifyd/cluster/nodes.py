@@ -109,6 +109,11 @@ class Nodes:
         others.sort(key=lambda node: (node.said.name, node.id))
         return [Node(self.id, self._said, math.inf), *others]
 
+    def has_others(self) -> bool:
+        """Whether another node's lease holds."""
+        now = self._clock()
+        return any([each.until > now and each.id != self.id for each in self._known.values()])
+
     def is_alive(self, id: str) -> bool:
         """Whether another node's lease holds."""
         node = self._known.get(id)

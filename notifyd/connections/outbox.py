@@ -32,8 +32,8 @@ FRAMING_BYTES = 32
 
 LINGER_SECONDS = 0.005
 LINGER_FOR = 100
-"""Several messages for so many wait so long at most for what other nodes have for the same: a write
-costs as much as twenty messages in it."""
+"""Under load, messages for so many connections wait so long at most for what other nodes have for
+the same: a write costs as much as twenty messages in it."""
 
 MAX_FAN_OUTS = 8
 """Fan-outs per tenant at once; a further one waits, which slows a fast sender down."""
@@ -171,6 +171,7 @@ class Flusher:
         self._answers_due = 0
         self._lingering: TimerHandle | None = None
         self._lingered = False
+        self._joined = 1
 
     def start(self, loop: AbstractEventLoop) -> None:
         """Flush in this loop's turns."""
@@ -210,11 +211,12 @@ class Flusher:
             self._go_on()
 
     def _lingers(self, recipients: Recipients) -> bool:
-        """Whether what is gathered for them is yet to wait. One message alone never does."""
+        """Whether what is gathered for them is yet to wait. One message after the other never
+        does."""
         if (
             self._lingered
             or not self._answers_due
-            or len(self._gathered) == 1
+            or len(self._gathered) == self._joined == 1
             or len(recipients.connections) < LINGER_FOR
         ):
             return False
@@ -284,6 +286,7 @@ class Flusher:
         self._end_lingering()
         if recipients is None or not recipients.connections:
             return
+        self._joined = len(messages)
         tenant = recipients.tenant
         under_way = self._fan_outs.setdefault(tenant, deque())
         under_way.extend(recipients.fan_outs(messages))

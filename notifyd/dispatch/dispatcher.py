@@ -850,12 +850,16 @@ class Dispatcher:
         """To who is connected to other nodes; `here` is what became of it on this one."""
         receipt: asyncio.Future[Receipt] = self._flusher.loop.create_future()
 
+        others = cluster.nodes.has_others()
+
         def sent(there: Spreading) -> None:
-            self._flusher.answer_came()
+            if others:
+                self._flusher.answer_came()
             if not receipt.done():
                 receipt.set_result(with_others(here, there))
 
-        self._flusher.answer_is_due()
+        if others:
+            self._flusher.answer_is_due()
         cluster.to_connected(tenant_name, target, notification, exclude=exclude, done=sent)
         return receipt
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from websockets.exceptions import InvalidStatus
 
+from notifyd.connections.outbox import LINGER_FOR
 from notifyd.eventually import settled
 from tests.cluster.conftest import StartNodes, cluster_of
 from tests.front_door import WAIT, Host, Message, Transport, channel, token, until, user
@@ -113,6 +114,29 @@ async def test_what_is_sent_to_one_stream_arrives_in_order_on_every_node(
         news = [number for number in got if number % 3 == 2]
         assert news == sorted(news)
         assert len(set(got)) == 90
+
+
+async def test_many_at_once_reach_many_once_and_in_order_whichever_node_was_told(
+    start_nodes: StartNodes,
+) -> None:
+    nodes = await start_nodes(2)
+    # So many that a node waits for what the other has for them.
+    listeners = [await nodes[0].listen("websocket", f"u{n}", "news") for n in range(LINGER_FOR)]
+
+    def items(sender: int) -> dict[str, Any]:
+        marks = [{"by": sender, "number": number} for number in range(50)]
+        sends = [{"target": channel("news"), "event_type": "e", "payload": each} for each in marks]
+        return {"notifications": sends}
+
+    calls = [
+        nodes[number % 2].post("/api/v1/notifications/batch", items(number)) for number in range(4)
+    ]
+    for answer in await asyncio.gather(*calls):
+        assert answer.json()["summary"]["succeeded"] == 50
+    for listener in listeners:
+        got = [each["payload"] for each in await listener.notifications(200)]
+        for sender in range(4):
+            assert [each["number"] for each in got if each["by"] == sender] == list(range(50))
 
 
 @pytest.mark.parametrize("mode", ["offline", "always"])

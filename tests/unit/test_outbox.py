@@ -11,6 +11,8 @@ import pytest
 from notifyd import wire
 from notifyd.connections.connection import Connection, Transport
 from notifyd.connections.outbox import (
+    LINGER_FOR,
+    LINGER_SECONDS,
     MAX_FAN_OUTS,
     SLICE_SECONDS,
     WRITE_BYTES,
@@ -624,6 +626,105 @@ class TestPutAll:
         outboxes.loop.settle()
         assert not written(many[-1].outbox)
         assert self.types(many[-2]) == ["1"]
+
+    def test_under_load_it_waits_for_what_other_nodes_have_for_the_same(self) -> None:
+        outboxes, many, recipients = self.under_load()
+        outboxes.flusher.put_all(recipients, message("1"))
+        outboxes.flusher.put_all(recipients, message("2"))
+        outboxes.loop.settle()
+        assert not written(many[0].outbox)
+        outboxes.flusher.put_all(recipients, message("from elsewhere"))
+        outboxes.flusher.answer_came()
+        outboxes.loop.settle()
+        assert all(self.types(each) == ["1", "2", "from elsewhere"] for each in many)
+        assert all(len(written(each.outbox)) == 1 for each in many)
+
+    def test_what_comes_behind_the_first_answer_waits_for_the_next(self) -> None:
+        outboxes, many, recipients = self.under_load()
+        for number in range(2):
+            outboxes.flusher.answer_is_due()
+            outboxes.flusher.put_all(recipients, message(f"{number}a"))
+            outboxes.flusher.put_all(recipients, message(f"{number}b"))
+            outboxes.loop.settle()
+            assert len(written(many[0].outbox)) == number
+            outboxes.flusher.answer_came()
+            outboxes.loop.settle()
+            assert len(written(many[0].outbox)) == number + 1
+
+    def test_where_no_answer_comes_it_waits_no_longer_than_it_may(self) -> None:
+        outboxes, many, recipients = self.under_load()
+        outboxes.flusher.put_all(recipients, message("1"))
+        outboxes.flusher.put_all(recipients, message("2"))
+        outboxes.loop.advance(LINGER_SECONDS * 0.9)
+        assert not written(many[0].outbox)
+        outboxes.loop.advance(LINGER_SECONDS * 0.2)
+        assert all(self.types(each) == ["1", "2"] for each in many)
+
+    def test_one_message_after_the_other_waits_for_nobody(self) -> None:
+        outboxes, many, recipients = self.under_load()
+        for number in range(3):
+            outboxes.flusher.put_all(recipients, message(str(number)))
+            outboxes.loop.settle()
+            assert len(written(many[-1].outbox)) == number + 1
+
+    def test_one_that_follows_several_waits(self) -> None:
+        outboxes, many, recipients = self.under_load()
+        for kind in ("1", "2"):
+            outboxes.flusher.put_all(recipients, message(kind))
+        outboxes.loop.advance(LINGER_SECONDS)
+        assert self.types(many[-1]) == ["1", "2"]
+        outboxes.flusher.put_all(recipients, message("3"))
+        outboxes.loop.settle()
+        assert self.types(many[-1]) == ["1", "2"]
+        outboxes.flusher.answer_came()
+        outboxes.loop.settle()
+        assert self.types(many[-1]) == ["1", "2", "3"]
+
+    @pytest.mark.parametrize("case", ["no answer is due", "few recipients"])
+    def test_there_is_nothing_to_wait_for_where(self, case: str) -> None:
+        outboxes, many, recipients = self.under_load()
+        if case == "no answer is due":
+            outboxes.flusher.answer_came()
+        else:
+            recipients = Recipients(many[1:])
+        outboxes.flusher.put_all(recipients, message("1"))
+        outboxes.flusher.put_all(recipients, message("2"))
+        outboxes.loop.settle()
+        assert self.types(many[-1]) == ["1", "2"]
+
+    def test_what_waits_keeps_its_place_before_what_is_for_one(self) -> None:
+        outboxes, many, recipients = self.under_load()
+        outboxes.flusher.put_all(recipients, message("1"))
+        outboxes.flusher.put_all(recipients, message("2"))
+        outboxes.loop.settle()
+        many[0].outbox.put(message("3").websocket)
+        outboxes.loop.settle()
+        assert self.types(many[0]) == ["1", "2", "3"]
+        # Joined for him, it waits for nobody any more.
+        assert all(self.types(each) == ["1", "2"] for each in many[1:])
+
+    def test_other_tenants_do_not_wait_with_it(self) -> None:
+        outboxes, many, recipients = self.under_load()
+        others = self.more(outboxes, "globex", 200)
+        outboxes.flusher.put_all(Recipients(others), message("x"))
+        outboxes.flusher.put_all(recipients, message("1"))
+        outboxes.flusher.put_all(recipients, message("2"))
+        outboxes.loop.turn()
+        outboxes.loop.settle()
+        assert all(self.types(each) == ["x"] for each in others)
+        assert not written(many[0].outbox)
+        outboxes.flusher.answer_came()
+        outboxes.loop.settle()
+        assert self.types(many[-1]) == ["1", "2"]
+
+    def under_load(self) -> tuple[Outboxes, list[Connection], Recipients]:
+        """So many that it is worth waiting; an answer of other nodes is due."""
+        outboxes = Outboxes()
+        connections = [outboxes.new().connection for _ in range(LINGER_FOR)]
+        for connection in connections:
+            connection.identity = Identity(user_id="u", tenant="acme")
+        outboxes.flusher.answer_is_due()
+        return outboxes, connections, Recipients(connections)
 
     def of_tenants(self, tenant: str, count: int) -> tuple[Outboxes, list[Connection]]:
         """Connections of which a slice writes twenty."""
