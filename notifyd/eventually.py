@@ -68,6 +68,18 @@ async def _rescued(value: Awaitable[T], alternative: Callable[[Unavailable], T])
         return alternative(error)
 
 
+def and_then(value: Eventually[T], continuation: Callable[[T], Eventually[U]]) -> Eventually[U]:
+    """`then`, for a continuation whose result may itself have to be awaited."""
+    if is_awaitable(value):
+        return _after_each(value, continuation)
+    return continuation(value)
+
+
+async def _after_each(value: Awaitable[T], continuation: Callable[[T], Eventually[U]]) -> U:
+    result = continuation(await value)
+    return await result if is_awaitable(result) else result
+
+
 def chain(value: Eventually[Eventually[T]], continuation: Callable[[T], U]) -> Eventually[U]:
     """`then`, for a value that may itself have to be awaited once it is there."""
     # mypy cannot take an Eventually of an Eventually apart.

@@ -393,22 +393,28 @@ class Redis:
         keys: Sequence[str],
         args: Sequence[Word],
         convert: Convert | None = None,
+        future: asyncio.Future[Any] | None = None,
     ) -> asyncio.Future[Any]:
-        """Run a script; its answer, through `convert`, is the future's.
+        """Run a script; its answer, through `convert`, is the future's: that of the caller, or a
+        new one.
 
         Raises Unavailable, at once or from the future: the breaker is open, Redis did not answer in
         time, or not with what was asked for. Cancelled, the call is made all the same unless it has
         not been sent. It is sent at the end of this turn, awaited or not.
         """
         packed = pack(("EVALSHA", script.sha, len(keys), *keys, *args))
-        return self._put(packed, convert, script)
+        return self._put(packed, convert, script, future)
 
     def command(self, *words: Word, convert: Convert | None = None) -> asyncio.Future[Any]:
         """Make one call that is no script, in the manner of `run`."""
         return self._put(pack(words), convert, None)
 
     def _put(
-        self, packed: bytes, convert: Convert | None, script: Script | None
+        self,
+        packed: bytes,
+        convert: Convert | None,
+        script: Script | None,
+        future: asyncio.Future[Any] | None = None,
     ) -> asyncio.Future[Any]:
         link = self._link
         if self.breaker.state is not BreakerState.CLOSED or self._closed:
@@ -418,7 +424,8 @@ class Redis:
         elif link.full:
             raise Unavailable("Redis does not keep up.", retry_after=1)
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
+        if future is None:
+            future = loop.create_future()
         self._waiting.append(_Call(packed, future, convert, script))
         if not self._flushing and link is not None:
             self._flushing = True

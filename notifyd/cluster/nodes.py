@@ -112,7 +112,7 @@ class Nodes:
     def has_others(self) -> bool:
         """Whether another node's lease holds."""
         now = self._clock()
-        return any([each.until > now and each.id != self.id for each in self._known.values()])
+        return any(each.until > now and each.id != self.id for each in self._known.values())
 
     def is_alive(self, id: str) -> bool:
         """Whether another node's lease holds."""

@@ -224,9 +224,11 @@ class Confirmations:
         """These connections of one user took what the user's log keeps until it is settled."""
         id = notification.id
         takers = tuple(
-            connection
-            for connection in connections
-            if connection.unconfirmed is None or id not in connection.unconfirmed
+            [
+                connection
+                for connection in connections
+                if connection.unconfirmed is None or id not in connection.unconfirmed
+            ]
         )
         held = Held(notification, takers, self._clock(), stored=True, shared=shared)
         if takers:

@@ -42,8 +42,7 @@ from notifyd.dispatch.targets import (
     narrowed,
     resolve,
 )
-from notifyd.errors import Unavailable
-from notifyd.eventually import Eventually, chain, is_awaitable, rescue, then
+from notifyd.eventually import Eventually, and_then, is_awaitable, rescue, then
 from notifyd.metrics import Metrics
 from notifyd.notification import (
     MAX_NOTIFICATION_BYTES,
@@ -643,9 +642,14 @@ class Dispatcher:
                 if result.outcome is Outcome.DELIVERED:
                     delivered.append(user_id)
                 now = self._registry.tenant(tenant_name).of_user(user_id)
-                if rejection is None and any(
-                    each not in connections
-                    for each in admitted(now, notification.audience, exclude)
+                # As a rule nothing has changed, and there is nothing to look for.
+                if (
+                    rejection is None
+                    and list(now) != connections
+                    and any(
+                        each not in connections
+                        for each in admitted(now, notification.audience, exclude)
+                    )
                 ):
                     self._writes.on_returned(tenant_name, user_id, before_live=True)
             self._expect(tenant_name, notification, delivered)
@@ -661,13 +665,14 @@ class Dispatcher:
                 self._count_failures([reason for reason in failed if reason is not None])
             return receipt(notification.id, results)
 
-        def refused(error: Unavailable) -> Sequence[Rejection | None]:
-            if len(user_ids) == 1:
-                raise error
-            return ["unavailable"] * len(recipients)
-
-        stored = rescue(lambda: logs.enqueue(tenant_name, recipients, notification), refused)
-        return chain(then(stored, send), _itself)
+        if len(user_ids) == 1:
+            # Where the store is away, that is the answer.
+            return and_then(logs.enqueue(tenant_name, recipients, notification), send)
+        stored = rescue(
+            lambda: logs.enqueue(tenant_name, recipients, notification),
+            lambda error: ["unavailable"] * len(recipients),
+        )
+        return and_then(stored, send)
 
     def _send_stored(
         self,
@@ -700,7 +705,7 @@ class Dispatcher:
         ]
         taken_by = [connection for connection in taken_by if connection.state is State.OPEN]
         if taken_by:
-            streams = sum(connection.transport == "sse" for connection in taken_by)
+            streams = sum([connection.transport == "sse" for connection in taken_by])
             self._count(len(taken_by) - streams, streams)
             if rejection is None:
                 self._confirmations.hold_all_stored(notification, taken_by, shared=shared)
@@ -948,10 +953,6 @@ def _admitted(
             if connection.id == exclude:
                 connection.leave_out(notification.id)
     return admitted(connections, notification.audience, exclude)
-
-
-def _itself(receipt: Receipt) -> Receipt:
-    return receipt
 
 
 def _resolve(receipt: asyncio.Future[Receipt], work: Callable[[], Eventually[Receipt]]) -> None:

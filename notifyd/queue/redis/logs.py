@@ -182,12 +182,17 @@ class RedisUserLogs:
             self._grace,
             *gathered.words,
         )
+        own = None
+        if len(gathered.waiting) == 1 and not gathered.waiting[0][0].done():
+            # Nothing is to be shared out; where he gave up, it is stored all the same.
+            own = gathered.waiting[0][0]
         try:
-            answer = self._redis.run(self._enqueue, gathered.keys, args, self._enqueued)
+            answer = self._redis.run(self._enqueue, gathered.keys, args, self._enqueued, own)
         except Unavailable as error:
             _fail(gathered.waiting, error)
             return
-        answer.add_done_callback(partial(_share_out, gathered.waiting))
+        if own is None:
+            answer.add_done_callback(partial(_share_out, gathered.waiting))
 
     @staticmethod
     async def _gather(
