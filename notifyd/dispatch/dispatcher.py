@@ -42,6 +42,7 @@ from notifyd.dispatch.targets import (
     narrowed,
     resolve,
 )
+from notifyd.errors import Unavailable
 from notifyd.eventually import Eventually, and_then, is_awaitable, rescue, then
 from notifyd.metrics import Metrics
 from notifyd.notification import (
@@ -665,14 +666,15 @@ class Dispatcher:
                 self._count_failures([reason for reason in failed if reason is not None])
             return receipt(notification.id, results)
 
+        def refused(error: Unavailable) -> Sequence[Rejection | None]:
+            return ["unavailable"] * len(recipients)
+
         if len(user_ids) == 1:
             # Where the store is away, that is the answer.
             return and_then(logs.enqueue(tenant_name, recipients, notification), send)
-        stored = rescue(
-            lambda: logs.enqueue(tenant_name, recipients, notification),
-            lambda error: ["unavailable"] * len(recipients),
+        return and_then(
+            rescue(lambda: logs.enqueue(tenant_name, recipients, notification), refused), send
         )
-        return and_then(stored, send)
 
     def _send_stored(
         self,

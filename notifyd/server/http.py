@@ -40,6 +40,7 @@ from notifyd.forwarded import TrustedProxies
 from notifyd.identifiers import request_id
 from notifyd.identity import Identity
 from notifyd.server.door import Door, Timeouts
+from notifyd.server.known_head import KnownHead
 from notifyd.server.stream import StreamProtocol
 from notifyd.server.websocket import WebSocketProtocol
 
@@ -86,6 +87,9 @@ OF_ONE_SOCKET: Final = ("parser", "pipeline")
 MAX_HEAD_BYTES = 16384
 MAX_HEADERS = 100
 MAX_EARLY_BYTES = 65536
+
+MAX_NEW_HEADS = 8
+"""Who sends another head each time is not expected to send one again."""
 
 _NEVER = float("inf")
 
@@ -180,6 +184,11 @@ class HttpProtocol(HttpToolsProtocol):
     _upgrade_ignored = False
     _refused = False
     _endpoint: Endpoint | None = None
+    _answered_fast = False
+    _known: KnownHead | None = None
+    _within_request = False
+    _known_is_next = False
+    _new_heads = -1
     _caller_known = False
     _body: bytes | bytearray = b""
     _trailer = False
@@ -236,7 +245,14 @@ class HttpProtocol(HttpToolsProtocol):
             if len(self._early) > MAX_EARLY_BYTES:
                 self.transport.close()
             return
-        self._head_began = self._ended = False
+        known = self._known
+        if known is not None and self._known_is_next:
+            body = known.body_of(data)
+            if body is not None and not self._busy():
+                self._answer_known(known, body)
+                return
+        self._known_is_next = self._answered_fast = self._head_began = self._ended = False
+        began_between = not self._within_request
         in_trailer = self._trailer
         try:
             try:
@@ -246,7 +262,7 @@ class HttpProtocol(HttpToolsProtocol):
                     self._upgrade(data[upgrade.args[0] :])
                     return
                 data = self._without_upgrade(data[upgrade.args[0] :])
-                self._head_began = self._ended = False
+                self._head_began = self._ended = began_between = False
                 self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             self._refuse_and_close(BadRequest("An upgrade cannot be pipelined."))
@@ -269,6 +285,8 @@ class HttpProtocol(HttpToolsProtocol):
                 self._refuse_and_close(_head_too_large())
         elif self._endpoint is not None and not self._caller_known:
             self._look_at_caller(self._endpoint)
+        elif self._answered_fast and began_between:
+            self._learn_head(data)
 
     def timed_out(self) -> None:
         """The deadline for a head or a body passed; an idle connection is just closed."""
@@ -303,6 +321,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.headers = []
         self.expect_100_continue = False
         self._in_head = True
+        self._within_request = True
         self._head_began = True
         self._head_bytes = 0
         self.deadline = self.loop.time() + self._timeouts.head
@@ -477,10 +496,12 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """A request is whole."""
         self._ended = True
+        self._within_request = False
         self._trailer = False
         endpoint = self._endpoint
         if endpoint is not None:
             self._endpoint = None
+            self._answered_fast = True
             self.deadline = _NEVER
             self._answer_fast(endpoint)
         elif self._stream:
@@ -523,6 +544,28 @@ class HttpProtocol(HttpToolsProtocol):
         self.cycle = _ANSWERED  # type: ignore[assignment]  # as above
         self.transport.write(self._render(answer))
         self.on_response_complete()
+
+    def _learn_head(self, data: bytes) -> None:
+        """A chunk that began between requests had one of the fast lane; where that was all of it,
+        the next one may have the same head. Not the first on a socket, which is the only one of
+        many."""
+        if self._new_heads < MAX_NEW_HEADS:
+            self._new_heads += 1
+            endpoint = self._services.fast.get(self.url)
+            if self._new_heads and endpoint is not None:
+                self._known = KnownHead.of(data, self.headers, endpoint, forwarded=self._forwarded)
+                self._known_is_next = self._known is not None
+        elif self._known is not None:
+            self._known = None
+
+    def _answer_known(self, known: KnownHead, body: bytes) -> None:
+        """Answer a request whose head came before, past the parser, which is between requests."""
+        self._new_heads = 0
+        self.headers = known.headers_of(body)
+        self._forwarded = known.forwarded
+        self._body = body
+        self.deadline = _NEVER
+        self._answer_fast(known.endpoint)
 
     async def _answer_later(self, cycle: FastCycle, pending: Awaitable[Answer]) -> None:
         answer = await pending
