@@ -262,7 +262,7 @@ class HttpProtocol(HttpToolsProtocol):
                     self._upgrade(data[upgrade.args[0] :])
                     return
                 data = self._without_upgrade(data[upgrade.args[0] :])
-                self._head_began = self._ended = began_between = False
+                self._head_began = self._ended = False
                 self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             self._refuse_and_close(BadRequest("An upgrade cannot be pipelined."))

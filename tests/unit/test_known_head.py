@@ -18,7 +18,7 @@ from notifyd.app import Notifyd, sockets_of
 from notifyd.server.http import MAX_NEW_HEADS, HttpProtocol
 from notifyd.server.known_head import KnownHead
 from notifyd.server.serve import make_server
-from tests.front_door import ADMIN_KEY, settings_of
+from tests.front_door import ADMIN_KEY, settings_of, until
 
 PATH = "/api/v1/notifications/send"
 BODY = b'{"target_user_id": "u", "event_type": "e", "payload": 1}'
@@ -241,3 +241,31 @@ async def test_who_sends_another_head_each_time_is_not_looked_at_for_ever(
         assert isinstance(protocol, HttpProtocol)
         assert protocol._known is None
         assert transport.written.count(b"HTTP/1.1 200") == 20
+
+
+async def test_a_body_that_looks_like_a_known_request_is_a_body() -> None:
+    async with sockets() as connect:
+        transport = connect()
+        inner = post(BODY)
+        outer = post(inner)
+        for chunk in (inner, inner, outer[: -len(inner)], inner):
+            transport.protocol.data_received(chunk)
+        assert transport.written.count(b"HTTP/1.1 200") == 2
+        assert transport.written.count(b"HTTP/1.1 400") == 1
+        transport.protocol.data_received(inner)
+        assert transport.written.count(b"HTTP/1.1 200") == 3
+
+
+async def test_a_known_request_waits_while_its_client_does_not_read() -> None:
+    async with sockets() as connect:
+        transport = connect()
+        for _ in range(2):
+            transport.protocol.data_received(post(BODY))
+        before = transport.written
+        transport.protocol.pause_writing()
+        transport.protocol.data_received(post(BODY))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert transport.written == before
+        transport.protocol.resume_writing()
+        await until(lambda: transport.written.count(b"HTTP/1.1 200") == 3)
