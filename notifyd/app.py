@@ -368,8 +368,14 @@ class Notifyd(PublishingCalls):
         self._notes_lost.warning("acknowledgements are not recorded", reason=error.message)
 
     def _lost(self, notification: Notification) -> None:
-        """Nothing keeps a notification that was held: it is over its ttl, or there is no queue."""
-        if notification.storable:
+        """Nothing keeps a notification that was held: it is over its ttl, or there is no queue that
+        takes it."""
+        if not notification.storable:
+            return
+        expires_at = notification.expires_at
+        if expires_at is not None and expires_at <= self._clock():
+            self.metrics.queue_expired_total.inc()
+        else:
             self.metrics.queue_dropped_total.inc()
 
     def _revoke(self, tenant: str, user_id: str, at: float) -> None:

@@ -333,10 +333,10 @@ class Metrics:
             "queue_replayed_total", "Queued notifications sent to a user who connected."
         )
         self.queue_expired_total = self._counter(
-            "queue_expired_total", "Queued notifications that outlived their time."
+            "queue_expired_total", "Queued and held notifications that outlived their time."
         )
         self.queue_dropped_total = self._counter(
-            "queue_dropped_total", "Notifications that a full queue gave up."
+            "queue_dropped_total", "Notifications that a full queue gave up, or did not take."
         )
         self.queue_corrupt_total = self._counters(
             "queue_corrupt_total",

@@ -592,6 +592,7 @@ class Dispatcher:
 
         Who connects meanwhile, or is replayed to, gets it from his log, in its order there.
         """
+        self._writes.go_before(tenant_name, user_ids)
         message = notification_message(notification)
         tenant = self._registry.tenant(tenant_name)
         results: dict[str, RecipientResult] = {}

@@ -198,14 +198,21 @@ class StoreWrites:
         self._in_line.update(dict.fromkeys(later))
 
     def go_before(self, tenant: str, users: Sequence[str]) -> None:
-        """Something is about to be stored for these: what waits only for its turn goes first, for
-        it was sent before that."""
-        if self._in_line:
-            for user_id in users:
-                key = (tenant, user_id)
-                if key in self._in_line and key not in self._storing:
-                    del self._in_line[key]
-                    self._store_waiting(key)
+        """Something is about to be stored for these: what waits goes first, for it was sent before
+        that. In a cluster only what waits for nothing but its turn: of what a store did not answer
+        for, other nodes may know that it was confirmed, and `retry` asks them first.
+        """
+        if not self._in_line and not self._homeless:
+            return
+        for user_id in users:
+            key = (tenant, user_id)
+            if key in self._storing:
+                continue
+            if key in self._in_line:
+                del self._in_line[key]
+                self._store_waiting(key)
+            elif key in self._homeless and self.settle_confirmed is None:
+                self._store_waiting(key)
 
     def _store_waiting(self, key: UserKey) -> None:
         notifications = self.take_homeless(*key)

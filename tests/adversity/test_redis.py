@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, suppress
+from itertools import count
 from statistics import median
 
 import pytest
@@ -15,6 +16,7 @@ from notifyd.errors import Unavailable
 from notifyd.identifiers import new_uuid
 from notifyd.options import BreakerSettings
 from notifyd.queue.redis import RedisAckLedger, RedisIdempotencyKeys, RedisUserLogs
+from notifyd.queue.redis import logs as redis_logs
 from notifyd.queue.redis_keys import RedisKeys, bucket_of, member
 from notifyd.redis_client import Redis, Script
 from notifyd.resilience import BreakerState, CircuitBreaker
@@ -332,6 +334,33 @@ class TestCorrupt:
         page = await logs.read("acme", "ann")
         assert [entry.notification.id for entry in page.entries] == [two[1].id]
         assert await logs.depth() == 1
+
+    async def test_logs_that_do_not_say_when_they_expire_keep_nobody_from_being_cleaned(
+        self, redis: Redis, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(redis_logs, "USERS_PER_CALL", 1)
+        logs = some_logs(redis)
+        bucket = bucket_of(member("acme", "ann"))
+        beside = (f"ann-{number}" for number in count())
+        bob = next(each for each in beside if bucket_of(member("acme", each)) == bucket)
+        tag = f"test:{{{bucket}}}"
+        for user in ("ann", bob):
+            one = a_notification(now=time.time())
+            await logs.enqueue("acme", (user,), one)
+            if user == "ann":
+                redis_server.command("HSET", f"{tag}:log:acme|ann", one.id, "whenever")
+            else:
+                stored = f"{int(time.time() * 1000) - 1:013}00000300" + "{}"
+                redis_server.command("HSET", f"{tag}:log:acme|{bob}", one.id, stored)
+        redis_server.command("ZADD", f"{tag}:due", 1, "acme|ann")
+        redis_server.command("ZADD", f"{tag}:due", 2, f"acme|{bob}")
+        async with asyncio.timeout(PATIENCE):
+            assert await logs.expire() == 1
+            assert await logs.expire() == 0
+        # It is still there to be set aside, and looked at again another day.
+        assert await logs.depth() == 1
+        due = float(str(redis_server.command("ZSCORE", f"{tag}:due", "acme|ann")))
+        assert due > time.time() * 1000
 
     async def test_a_log_that_went_by_itself_is_counted_off(
         self, redis: Redis, redis_server: RedisServer

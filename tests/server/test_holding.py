@@ -467,6 +467,8 @@ async def test_a_held_one_that_outlived_its_ttl_does_not_return(host: Host) -> N
     await websocket.close()
     await vanished(host)
     await (await host.websocket("ada")).nothing_came()
+    assert await host.metric("queue_expired_total") == 1
+    assert await host.metric("queue_dropped_total") == 0
 
 
 async def test_a_ttl_of_nothing_is_only_for_who_is_there(host: Host) -> None:

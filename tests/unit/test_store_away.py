@@ -169,6 +169,22 @@ class TestOffline:
         assert failures.labels("queue_full").value == 1
         assert failures.labels("unavailable").value == 2
 
+    @pytest.mark.parametrize("store_first", [False, True])
+    @FAILING
+    async def test_what_waits_for_the_store_goes_before_what_is_sent_later(
+        self, store_first: bool, how: str
+    ) -> None:
+        world = Away(store_first=store_first)
+        world.store.state = how
+        early = a_notification()
+        world.writes.give_back("default", "u1", (early,))
+        await world.tasks_done()
+        world.store.state = "up"
+        # Nobody has tried again yet.
+        late = await world.sent("u1")
+        assert late.outcome is Outcome.QUEUED
+        assert world.pending() == [early.id, late.notification_id]
+
     async def test_a_ledger_that_is_away_keeps_nobody_from_being_queued(self) -> None:
         world = Away()
         world.accounts.state = "failing"

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from notifyd.cluster.router import Waiting
 from notifyd.dispatch import store_writes
 from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.errors import Unavailable
@@ -310,6 +311,37 @@ class TestWaiting:
         writes.give_back(*late)
         assert writes.logs.stored == {ANN: ids([*early, *late])}
         assert writes.waiting() == []
+
+    async def test_what_is_stored_for_another_stays_behind_it_too(self) -> None:
+        writes = Writes()
+        writes.logs.down = True
+        early = some(2)
+        writes.give_back(*early)
+        writes.writes.go_before("acme", ("ann",))
+        assert writes.waiting() == ids(early)
+        writes.logs.down = False
+        # The store is back, and nobody has tried yet.
+        writes.writes.go_before("acme", ("bob", "ann"))
+        assert writes.logs.stored == {ANN: ids(early)}
+        assert writes.waiting() == []
+
+    async def test_other_nodes_are_asked_before_what_a_store_did_not_answer_for_goes(self) -> None:
+        writes = Writes()
+        asked = []
+
+        async def settle_confirmed(waiting: Waiting) -> None:
+            asked.append(waiting)
+
+        writes.writes.settle_confirmed = settle_confirmed
+        writes.logs.down = True
+        early = some(2)
+        writes.give_back(*early)
+        writes.logs.down = False
+        writes.writes.go_before("acme", ("ann",))
+        assert writes.waiting() == ids(early)
+        await writes.writes.retry()
+        assert asked == [[(*ANN, tuple(ids(early)))]]
+        assert writes.logs.stored == {ANN: ids(early)}
 
     def test_beyond_the_bound_the_oldest_are_given_up_one_by_one(self) -> None:
         writes = Writes(max_waiting=4)

@@ -8,8 +8,7 @@ local depth, due, log, order = unpack(KEYS)
 local now, member = time(ARGV[1]), ARGV[2]
 local vanished = redis.call('EXISTS', order) == 0 and redis.call('ZSCORE', due, member)
 local dropped, first = drop_expired(log, order, now)
-if first < math.huge then
-    redis.call('ZADD', due, first, member)
-end
+-- Where nothing that is left says when it expires, he must not stay the first who is due.
+redis.call('ZADD', due, first < math.huge and first or now + ARGV[3], member)
 account(depth, due, log, order, member, dropped, ARGV[3])
 return {dropped, vanished and 1 or 0}
