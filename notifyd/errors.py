@@ -175,6 +175,15 @@ class Unavailable(NotifydError):
     code = "UNAVAILABLE"
     http_status = 503
 
+    def again(self) -> Unavailable:
+        """The same for who waits for a future. What was raised holds the frames that it came
+        through, and one of them as a rule that future: only the garbage collector would undo that,
+        in a pause that everybody feels.
+        """
+        copy = Unavailable(self.message, retry_after=self.retry_after)
+        copy.__cause__ = self.__cause__
+        return copy
+
 
 class ShuttingDown(Unavailable):
     """The server is about to stop."""

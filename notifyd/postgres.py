@@ -550,13 +550,5 @@ def _too_slow() -> Unavailable:
 def _fail(calls: Iterable[Answerable], error: Exception) -> None:
     for call in calls:
         if not call.future.done():
-            call.future.set_exception(_again(error))
-
-
-def _again(error: Exception) -> Exception:
-    """For each caller an exception of his own: raising one adds to its traceback."""
-    if isinstance(error, Unavailable):
-        copy = Unavailable(error.message, retry_after=error.retry_after)
-        copy.__cause__ = error.__cause__
-        return copy
-    return error
+            # To each his own: raising one adds to its traceback.
+            call.future.set_exception(error.again() if isinstance(error, Unavailable) else error)

@@ -42,6 +42,12 @@ def _nobody_told(tenant: str, user_id: str, *, before_live: bool = False) -> Non
     """Where nobody can be connected."""
 
 
+def _forget_frames(error: Unavailable) -> None:
+    """What was awaited holds its error, and by its traceback who awaited it: thousands of such
+    circles are a pause of the garbage collector."""
+    error.__traceback__ = None
+
+
 class StoreWrites:
     """Hands back to logs and settles in them. `logs` or `ledger` is None where it is switched off.
 
@@ -163,7 +169,8 @@ class StoreWrites:
             for notification, answer in answers:
                 try:
                     rejections = await answer
-                except Unavailable:
+                except Unavailable as error:
+                    _forget_frames(error)
                     # It may have been stored all the same; storing it twice is storing it once.
                     if storing.pop(notification.id, None) is not None:
                         failed.append(notification)
@@ -348,7 +355,8 @@ class StoreWrites:
     ) -> None:
         try:
             await answer
-        except Unavailable:
+        except Unavailable as error:
+            _forget_frames(error)
             self._keep_unsettled(key, ids)
 
     def _keep_unsettled(self, key: UserKey, ids: Sequence[str]) -> None:

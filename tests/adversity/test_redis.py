@@ -4,7 +4,9 @@ everything works again by itself."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, suppress
 from itertools import count
@@ -142,6 +144,42 @@ class TestStopped:
         await asyncio.sleep(0)
         time.sleep(1.5 * TIMEOUT)  # noqa: ASYNC251  # this is what is late
         assert await call == "x"
+
+    async def test_what_is_refused_leaves_no_work_to_the_garbage_collector(
+        self, redis: Redis, redis_server: RedisServer
+    ) -> None:
+        """Thousands of circles would be collected in one pause, in the midst of an outage."""
+        ledger = RedisAckLedger(
+            redis,
+            RedisKeys("test"),
+            timeout_seconds=30,
+            max_pending=100,
+            on_acknowledged=lambda seconds: None,
+            on_expired=lambda count: None,
+        )
+        logs = some_logs(redis)
+        redis_server.stop()
+        try:
+            await until_it_fails(redis)
+            gc.collect()
+            gc.disable()
+            refused = []
+            for number in range(3):
+                noted = ledger.expect("acme", f"n{number}", ("ann",))
+                stored = logs.enqueue("acme", ("ann",), a_notification(now=time.time()))
+                for each in (noted, stored):
+                    assert isinstance(each, asyncio.Future)
+                    await asyncio.wait([each])
+                    assert isinstance(each.exception(), Unavailable)
+                    refused.append(weakref.ref(each))
+                    del each
+                del noted, stored
+            await asyncio.sleep(0)
+            # But for the last, which the ledger shows to whoever comes in the same turn.
+            assert [each() for each in refused[:-2]] == [None] * 4
+        finally:
+            gc.enable()
+            redis_server.cont()
 
 
 class TestKilled:

@@ -245,7 +245,7 @@ class PostgresUserLogs:
             try:
                 self._writes.add(call)
             except Unavailable as error:
-                call.future.set_exception(error)
+                call.future.set_exception(error.again())
         return asyncio.ensure_future(_together(calls))
 
     def read(

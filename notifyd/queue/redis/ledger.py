@@ -120,7 +120,7 @@ class RedisAckLedger:
                 self._count_expired,
             )
         except Unavailable as error:
-            future.set_exception(error)
+            future.set_exception(error.again())
             return
         answer.add_done_callback(partial(_hand_on, future))
 

@@ -48,11 +48,7 @@ def _fail(waiting: Waiting, error: BaseException) -> None:
     for future, _ in waiting:
         if not future.done():
             # To each his own: raising one adds to its traceback.
-            own = error
-            if isinstance(error, Unavailable):
-                own = Unavailable(error.message, retry_after=error.retry_after)
-                own.__cause__ = error.__cause__
-            future.set_exception(own)
+            future.set_exception(error.again() if isinstance(error, Unavailable) else error)
 
 
 def _share_out(waiting: Waiting, answer: asyncio.Future[Sequence[Rejection | None]]) -> None:
