@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from notifyd.cluster import bus as bus_module
 from notifyd.cluster.bus import Awaited, Bus
 from notifyd.cluster.messages import (
+    Alive,
     Answer,
     Body,
     Held,
@@ -42,6 +43,11 @@ class FakeRedis:
 
     def __init__(self) -> None:
         self.published: list[bytes] = []
+        self.gathered = 0
+
+    def gather(self, send: Callable[[], None]) -> None:
+        self.gathered += 1
+        asyncio.get_running_loop().call_soon(send)
 
     def command(self, *words: Any, convert: Any) -> asyncio.Future[None]:
         assert words[0] == "PUBLISH"
@@ -214,3 +220,14 @@ async def test_what_makes_a_node_fail_is_logged_once_a_minute(
     assert (entry["exc_info"], entry["error"]) == (True, "'a fault of ours'")
     assert len(entry["node"]) == 100
     assert metrics.cluster_bad_messages_total.labels("failed").value == 1000
+
+
+async def test_what_a_turn_says_goes_out_with_what_it_stores(bus: Bus, redis: FakeRedis) -> None:
+    bus.to_all(Alive())
+    bus.to_node("other", Alive())
+    bus.to_all(Alive())
+    assert (redis.gathered, redis.published) == (1, [])
+    await asyncio.sleep(0)
+    assert [len(Incoming(each)) for each in redis.published] == [2, 1]
+    bus.to_all(Alive())
+    assert redis.gathered == 2
