@@ -71,19 +71,16 @@ def texts_of_frames(data: bytes) -> Iterator[str]:
         position += length
 
 
-class Message:
+class Message(msgspec.Struct, eq=False, gc=False):
     """One server message, encoded lazily and once for each transport.
 
     `json` is the whole object on one line, its `type` first.
     """
 
-    __slots__ = ("_sse", "_websocket", "json", "type")
-
-    def __init__(self, type: str, json: bytes) -> None:
-        self.type = type
-        self.json = json
-        self._websocket: bytes | None = None
-        self._sse: bytes | None = None
+    type: str
+    json: bytes
+    _websocket: bytes | None = None
+    _sse: bytes | None = None
 
     @property
     def body(self) -> bytes:

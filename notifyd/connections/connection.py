@@ -10,6 +10,8 @@ import enum
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Literal
 
+import msgspec
+
 from notifyd.connections.outbox import Outbox
 from notifyd.identity import Identity
 from notifyd.notification import Notification
@@ -45,7 +47,7 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
-class Held:
+class Held(msgspec.Struct, eq=False, gc=False):
     """A notification to a user that was delivered and is not yet confirmed.
 
     `connections` are those that took it. `stored`: the user's log has it for sure, so that nothing
@@ -53,38 +55,19 @@ class Held:
     it there; `shared`: nodes elsewhere may hold it for the same user; `since` in Unix seconds.
     `together`: he was one of many to whom it was delivered at once, and counts there until it is
     settled.
+
+    The garbage collector does not walk them, of which there are many: a connection that ends
+    forgets what it holds, and so ends the circle of the two.
     """
 
-    __slots__ = (
-        "connections",
-        "in_log",
-        "notification",
-        "settled",
-        "shared",
-        "since",
-        "stored",
-        "together",
-    )
-
-    def __init__(
-        self,
-        notification: Notification,
-        connections: tuple[Connection, ...],
-        since: float,
-        *,
-        stored: bool = False,
-        in_log: bool = False,
-        shared: bool = False,
-        together: HeldTogether | None = None,
-    ) -> None:
-        self.notification = notification
-        self.connections = connections
-        self.since = since
-        self.together = together
-        self.stored = stored
-        self.in_log = in_log or stored
-        self.settled = False
-        self.shared = shared
+    notification: Notification
+    connections: tuple[Connection, ...]
+    since: float
+    together: HeldTogether | None = None
+    stored: bool = False
+    in_log: bool = False
+    shared: bool = False
+    settled: bool = False
 
 
 class HeldTogether:

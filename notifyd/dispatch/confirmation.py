@@ -230,7 +230,7 @@ class Confirmations:
                 if connection.unconfirmed is None or id not in connection.unconfirmed
             ]
         )
-        held = Held(notification, takers, self._clock(), stored=True, shared=shared)
+        held = Held(notification, takers, self._clock(), stored=True, in_log=True, shared=shared)
         if takers:
             self._stored_first.append(held)
             self._stored += 1
@@ -635,6 +635,7 @@ class Confirmations:
         if unconfirmed is None:
             return
         before = len(confirmed)
+        stored = 0
         for id in ids:
             held = unconfirmed.pop(id, None)
             if held is None:
@@ -644,21 +645,20 @@ class Confirmations:
                 left = held.left = held.left - 1
                 if left <= held.look_at:
                     held.look_after()
-                self.held -= 1
                 continue
             held.settled = True
             held.connections = ()
             if held.in_log:
                 in_log.append(id)
+                stored += held.stored
             if held.shared:
                 shared.append(id)
             if held.together is not None:
                 held.together.leave()
-            if held.stored:
-                self._stored -= 1
-            else:
-                self.held -= 1
-        connection.ack_credit += len(confirmed) - before
+        settled = len(confirmed) - before
+        self._stored -= stored
+        self.held -= settled - stored
+        connection.ack_credit += settled
         if not unconfirmed:
             connection.unconfirmed = None
         self._forget_settled()

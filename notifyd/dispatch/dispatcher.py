@@ -141,9 +141,15 @@ class Dispatcher:
         self._notifications("user", source).inc(len(sends))
         users = self._registry.tenant(tenant).users
         now = self._clock()
+        at_once = self._cluster is None and not self._store_first
+        # Where all who are connected here get it, and nothing else comes first.
         messages = [
             notification_message(notification)
-            if user_id in users and self._goes_at_once(notification, now)
+            if at_once
+            and user_id in users
+            and (not (ttl := notification.ttl) or notification.occurred_at + ttl > now)
+            and notification.audience.type == "All"
+            and len(memoryview(notification.payload)) <= _SURELY_SMALL
             else None
             for user_id, notification in sends
         ]
@@ -158,6 +164,7 @@ class Dispatcher:
                 self._writes.note(self._ledger.expect_each, tenant, sent)
         receipts: list[Eventually[Receipt] | Exception] = []
         websockets = streams = 0
+        hold_alone = self._confirmations.hold_alone
         for (user_id, notification), message in zip(sends, messages, strict=True):
             try:
                 if message is None:
@@ -172,15 +179,16 @@ class Dispatcher:
                     # Most users have one device: counted together, and held before the next one is
                     # offered anything, which may be what closes this one.
                     (connection,) = connections
-                    taken_by = int(connection.offer(message))
-                    if not taken_by:
-                        self._refused.inc()
+                    if connection.transport == "websocket":
+                        taken_by = int(connection.outbox.put(message.websocket))
+                        websockets += taken_by
                     else:
-                        if connection.transport == "websocket":
-                            websockets += 1
-                        else:
-                            streams += 1
-                        self._confirmations.hold_alone(notification, connections, now)
+                        taken_by = int(connection.outbox.put(message.sse))
+                        streams += taken_by
+                    if taken_by:
+                        hold_alone(notification, connections, now)
+                    else:
+                        self._refused.inc()
                 receipts.append(
                     Receipt(notification.id, Outcome.DELIVERED, taken_by)
                     if taken_by
@@ -207,17 +215,6 @@ class Dispatcher:
             return receipt
 
         return then(receipt, counted)
-
-    def _goes_at_once(self, notification: Notification, now: float) -> bool:
-        """Whether all who are connected here get it, and nothing else comes first."""
-        ttl = notification.ttl
-        return (
-            self._cluster is None
-            and not self._store_first
-            and (not ttl or notification.occurred_at + ttl > now)
-            and notification.audience.type == "All"
-            and len(memoryview(notification.payload)) <= _SURELY_SMALL
-        )
 
     def _send(
         self, tenant_name: str, target: Target, notification: Notification, exclude: str | None

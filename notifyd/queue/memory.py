@@ -581,8 +581,25 @@ class MemoryAckLedger:
     def _let_go_of_the_oldest(self) -> None:
         sent, records, order = self._sent, self._records, self._order
         self._records_change()
-        while self._size > self._room and order:
-            self._let_go(order.popleft())
+        size, room, late = self._size, self._room, 0
+        while size > room and order:
+            key = order.popleft()
+            if sent and sent[0] is key:
+                sent.popleft()
+                self._sent_at.popleft()
+            record = records[key]
+            if type(record) is _Recipient:
+                # Nearly always, and then no call is made for each.
+                del records[key]
+                size -= 2
+                late += record.state == "pending"
+            else:
+                self._size = size
+                self._let_go(key)
+                size = self._size
+        self._size = size
+        self._pending -= late
+        self._count_expired(late)
         # Entries of notifications that are gone; without this they would outlive the bound.
         while sent and sent[0] not in records:
             sent.popleft()
