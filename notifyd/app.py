@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -51,7 +52,7 @@ from notifyd.forwarded import TrustedProxies
 from notifyd.identifiers import new_uuid
 from notifyd.identity import DEFAULT_TENANT, Identity, Principal
 from notifyd.log import RateLimitedLog, configure_logging
-from notifyd.metrics import Metrics
+from notifyd.metrics import Metrics, Worker
 from notifyd.notification import Notification
 from notifyd.options import Settings
 from notifyd.queue.base import AckLedger, UserLogs
@@ -76,7 +77,8 @@ class Notifyd(PublishingCalls):
     `app` is mounted, `lifespan` runs around it (Starlette does not run a mounted app's own), and
     `send` and `batch` publish in process; they raise `notifyd.errors`. `authenticate` says who a
     connection is by the application's own means instead of a JWT, None for nobody. `clock` gives
-    Unix seconds. Raises ConfigurationError.
+    Unix seconds, `worker` says which of several processes on one port this is. Raises
+    ConfigurationError.
     """
 
     app: Starlette
@@ -87,8 +89,10 @@ class Notifyd(PublishingCalls):
         *,
         authenticate: Authenticate | None = None,
         clock: Callable[[], float] = time.time,
+        worker: Worker | None = None,
     ) -> None:
         self.settings = settings = settings or Settings()
+        self._worker = worker
         # An application that authenticates by itself needs no secret for tokens.
         wrong = [
             problem
@@ -290,6 +294,7 @@ class Notifyd(PublishingCalls):
                 queue_backend=settings.queue.backend,
                 stores=self._backends.stores,
                 cluster=self.cluster,
+                worker=self._worker,
                 phase=lambda: self._phase,
                 clock=clock,
                 started_at=self._started_at,
@@ -618,21 +623,27 @@ def serve(settings: Settings, *, announce: Callable[[str], None]) -> int:
     if settings.server.workers > 1:
         # What cannot be is said once, and not by each of the workers.
         Notifyd(settings)
-        return supervise(partial(partial, _work, settings), settings.server, announce=announce)
+        work = partial(partial, _work, settings, secrets.token_hex(8))
+        return supervise(work, settings.server, announce=announce)
     return _serve(settings, announce)
 
 
-def _serve(settings: Settings, announce: Callable[[str], None], *, share_port: bool = False) -> int:
+def _serve(
+    settings: Settings,
+    announce: Callable[[str], None],
+    *,
+    worker: Worker | None = None,
+) -> int:
     return serve_sockets(
-        sockets_of(Notifyd(settings)),
+        sockets_of(Notifyd(settings, worker=worker)),
         settings.server,
         idle_timeout=settings.websocket.idle_timeout,
         announce=announce,
-        share_port=share_port,
+        share_port=worker is not None,
     )
 
 
-def _work(settings: Settings, port: int, number: int, ready: Callable[[], None]) -> int:
+def _work(settings: Settings, group: str, port: int, number: int, ready: Callable[[], None]) -> int:
     """One of several workers: a node of the cluster by itself, on the port that they share."""
     configure_logging(settings.log, sys.stderr)
     name = f"{settings.cluster.node_id or machine_name()}-{number}"
@@ -642,7 +653,7 @@ def _work(settings: Settings, port: int, number: int, ready: Callable[[], None])
         cluster=msgspec.structs.replace(settings.cluster, node_id=name[-64:]),
     )
     try:
-        return _serve(own, lambda url: ready(), share_port=True)
+        return _serve(own, lambda url: ready(), worker=Worker(group, number))
     except ConfigurationError as error:
         structlog.get_logger("notifyd").error("a worker cannot start", reason=str(error))
         return 1

@@ -75,6 +75,20 @@ MILLISECONDS_TO_MINUTES = (
 SECONDS_TO_DAYS = (1.0, 10.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0, 86400.0, 604800.0)
 
 
+OF_STORES = ("queue_messages", "ack_pending")
+"""What a store that several processes share says, and not each of them."""
+
+Samples = dict[str, list[tuple[str, dict[str, str], float]]]
+"""By the names of their metrics: each sample's name, labels and value."""
+
+
+class Worker(msgspec.Struct, frozen=True):
+    """One of several processes on one port; `group` is the same for these, and for no others."""
+
+    group: str
+    number: int
+
+
 class Counter:
     """A number that only grows."""
 
@@ -113,6 +127,11 @@ class Gauge:
     def set(self, value: float) -> None:
         """Stand at `value`."""
         self._value = value
+
+    @property
+    def is_read(self) -> bool:
+        """Whether it is read from its owner."""
+        return self._read is not None
 
     def read_from(self, callback: Callable[[], float]) -> None:
         """Ask `callback` at each scrape, on the event loop's thread; no number is kept then."""
@@ -251,16 +270,30 @@ class _Exporter:
     Not Metrics itself: prometheus_client takes a method called `describe` for its own.
     """
 
-    def __init__(self, families: list[Family[Any]], left_out: set[str]) -> None:
-        self._families = families
-        self._left_out = left_out
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        return (
-            family.export()
-            for family in self._families
-            if family.description.name not in self._left_out
-        )
+        return (metric for _, metric in self._metrics.exported())
+
+
+class _OfWorkers:
+    """The collector for all processes on one port, which tells their samples apart."""
+
+    def __init__(self, metrics: Metrics, own: int, others: Mapping[int, Samples]) -> None:
+        self._metrics = metrics
+        self._own = own
+        self._others = others
+
+    def collect(self) -> Iterator[Metric]:
+        own = self._metrics.samples()
+        for name, metric in self._metrics.exported():
+            if name in own:
+                metric.samples.clear()
+                for number, samples in sorted({**self._others, self._own: own}.items()):
+                    for sample, labels, value in samples.get(name, ()):
+                        metric.add_sample(sample, {**labels, "worker": str(number)}, value)
+            yield metric
 
 
 class Metrics:
@@ -429,11 +462,34 @@ class Metrics:
 
         # A registry of its own: two servers in one process, or an embedder's metrics, do not mix.
         self._registry = CollectorRegistry()
-        self._registry.register(_Exporter(self._families, self._left_out))
+        self._registry.register(_Exporter(self))
 
     def render(self) -> bytes:
         """All metrics in Prometheus's text format, version 0.0.4 (`content_type`)."""
         return generate_latest(self._registry)
+
+    def render_workers(self, own: int, others: Mapping[int, Samples]) -> bytes:
+        """`render` for several processes, by their numbers: what each counts gets a label `worker`,
+        what a store says of all of them has none."""
+        registry = CollectorRegistry()
+        registry.register(_OfWorkers(self, own, others))
+        return generate_latest(registry)
+
+    def samples(self) -> Samples:
+        """What this process counts, without what a store says."""
+        shared = {f"{PREFIX}{name}" for name in OF_STORES if not getattr(self, name).is_read}
+        return {
+            name: [(each.name, each.labels, float(each.value)) for each in metric.samples]
+            for name, metric in self.exported()
+            if name not in shared
+        }
+
+    def exported(self) -> Iterator[tuple[str, Metric]]:
+        """Every metric that is rendered, with its samples, by its name with prefix."""
+        for family in self._families:
+            name = family.description.name
+            if name not in self._left_out:
+                yield name, family.export()
 
     def leave_out(self, prefix: str) -> None:
         """Do not render the metrics of this prefix: they are of a store that is not used, and zero

@@ -11,8 +11,8 @@ from notifyd.api.guard import Answer, Description, Endpoint, Guard, Request
 from notifyd.api.others import Others
 from notifyd.api.stats import QueueFigures, Stats, StoreFigures
 from notifyd.errors import ShuttingDown, Unavailable
-from notifyd.eventually import Eventually, then
-from notifyd.metrics import Metrics
+from notifyd.eventually import Eventually, settled, then
+from notifyd.metrics import Metrics, Worker
 from notifyd.version import __version__
 
 Phase: TypeAlias = Literal["starting", "ready", "draining"]
@@ -192,12 +192,20 @@ class Operations:
         return Ready("ready")
 
     def metrics(self, request: Request) -> Eventually[Answer]:
-        """GET /metrics. Raises Forbidden for a key that is bound to a tenant: they are of all."""
+        """GET /metrics, of all processes on this port. Raises Forbidden for a key that is bound to
+        a tenant: they are of all."""
         self._stats.require_unbound(request.principal)
-        return then(self._stats.measure(), self._rendered)
+        others = self._stats.others
+        if others is not None and others.worker is not None:
+            return self._of_workers(others, others.worker)
+        return then(self._stats.measure(), lambda _: self._answer(self._metrics.render()))
 
-    def _rendered(self, _: None) -> Answer:
-        body = self._metrics.render()
+    async def _of_workers(self, others: Others, worker: Worker) -> Answer:
+        await settled(self._stats.measure())
+        found = await others.samples(worker.group)
+        return self._answer(self._metrics.render_workers(worker.number, found))
+
+    def _answer(self, body: bytes) -> Answer:
         return Answer(200, body, content_type=self._metrics.content_type.encode())
 
 

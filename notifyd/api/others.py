@@ -20,6 +20,7 @@ from notifyd.connections.connection import Connection
 from notifyd.connections.lifecycle import Lifecycle
 from notifyd.connections.registry import Registry
 from notifyd.errors import Unavailable, ValidationError
+from notifyd.metrics import Metrics, Samples, Worker
 
 T = TypeVar("T")
 
@@ -73,7 +74,8 @@ ones it tells how many. With the longest names, these fit into one message."""
 
 
 class Others:
-    """The other nodes, as the API needs them. `counted` gives this node's own figures."""
+    """The other nodes, as the API needs them. `counted` gives this node's own figures; `worker`
+    says which of several processes on one port this is, if it is one."""
 
     def __init__(
         self,
@@ -81,16 +83,21 @@ class Others:
         registry: Registry,
         lifecycle: Lifecycle,
         *,
+        metrics: Metrics,
         counted: Callable[[], dict[str, int]],
+        worker: Worker | None = None,
     ) -> None:
         self._cluster = cluster
         self._registry = registry
         self._lifecycle = lifecycle
+        self._metrics = metrics
         self._counted = counted
+        self.worker = worker
         cluster.answers.update(
             devices=_asked(tuple[str, str], lambda about: self.devices_here(*about)),
             figures=_asked(str, self.figures_here),
             tenants=lambda about: self.tenants_here(),
+            metrics=_asked(str, self._samples_here),
             channel=_asked(tuple[str, str], lambda about: self._channel_here(*about)),
             owner=_asked(tuple[str, str], lambda about: self._owner_here(*about)),
             disconnect=_asked(tuple[str, str, str], lambda about: self._disconnect_here(*about)),
@@ -122,6 +129,10 @@ class Others:
     async def tenants(self) -> list[dict[str, TenantHere]]:
         """All tenants with a connection, of each other node."""
         return list((await self._look("tenants", None, dict[str, TenantHere])).values())
+
+    async def samples(self, group: str) -> dict[int, Samples]:
+        """What the other processes on this port count, by their numbers."""
+        return dict((await self._look("metrics", group, tuple[int, Samples])).values())
 
     async def users_by_tenant(self) -> dict[str, int]:
         """Users on any node, each once, of all tenants; of none where that cannot be had."""
@@ -229,6 +240,12 @@ class Others:
     def devices_here(self, tenant: str, user: str) -> list[Device]:
         """A user's connections on this node, oldest first."""
         return [device_of(each) for each in self._registry.tenant(tenant).of_user(user)]
+
+    def _samples_here(self, group: str) -> tuple[int, Samples] | None:
+        worker = self.worker
+        if worker is None or worker.group != group:
+            return None
+        return worker.number, self._metrics.samples()
 
     def figures_here(self, tenant: str) -> NodeFigures:
         """This node's own figures."""

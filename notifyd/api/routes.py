@@ -39,7 +39,7 @@ from notifyd.errors import (
     UpgradeRequired,
 )
 from notifyd.eventually import Eventually, settled
-from notifyd.metrics import Metrics
+from notifyd.metrics import Metrics, Worker
 from notifyd.queue.base import AckLedger, UserLogs
 from notifyd.templates import TemplateStore
 
@@ -59,9 +59,9 @@ class Services:
     """What the handlers work with, made by the composition root.
 
     `logs` and `ledger` are None where they are switched off, `demo` but in development, `cluster`
-    where this is the only node. `clock`
-    gives Unix seconds, as `started_at`; `new_id` a UUID's text; `phase` where the server stands in
-    its life.
+    where this is the only node, `worker` where this is the only process on its port. `clock` gives
+    Unix seconds, as `started_at`; `new_id` a UUID's text; `phase` where the server stands in its
+    life.
     """
 
     guard: Guard
@@ -80,6 +80,7 @@ class Services:
     queue_backend: str
     stores: Stores = NO_STORES
     cluster: Cluster | None = None
+    worker: Worker | None = None
     phase: Callable[[], Phase]
     clock: Callable[[], float]
     started_at: float
@@ -101,7 +102,12 @@ def build_endpoints(services: Services) -> list[Endpoint]:
     others = None
     if services.cluster is not None:
         others = Others(
-            services.cluster, services.registry, services.lifecycle, counted=stats.counted
+            services.cluster,
+            services.registry,
+            services.lifecycle,
+            metrics=services.metrics,
+            counted=stats.counted,
+            worker=services.worker,
         )
         stats.others = others
     endpoints = [

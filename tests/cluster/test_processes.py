@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import redis.asyncio
+from prometheus_client.parser import text_string_to_metric_families
 from websockets.exceptions import WebSocketException
 
 from tests.cluster.conftest import StartProcesses, beside
@@ -237,6 +238,27 @@ async def both_serve(server: NodeProcess) -> list[dict[str, Any]]:
         await asyncio.sleep(0.05)
 
 
+async def all_workers_are_counted(server: NodeProcess, connections: int) -> None:
+    """Whichever worker is asked, it tells what each counts, and once what the store says."""
+    asked = set()
+    for _ in range(100):
+        metrics = (await server.call("GET", "/metrics")).text
+        families = {each.name: each for each in text_string_to_metric_families(metrics)}
+        workers = {each.labels.get("worker") for each in families["notifyd_connections"].samples}
+        assert workers == {"0", "1"}
+        assert sum(each.value for each in families["notifyd_connections"].samples) == connections
+        # Each to a user, and one to all.
+        delivered = families["notifyd_deliveries"].samples
+        assert sum(each.value for each in delivered) == 2 * connections
+        (queued,) = families["notifyd_queue_messages"].samples
+        assert queued.labels == {}
+        requests = families["notifyd_http_requests"].samples
+        asked |= {each.labels["worker"] for each in requests if each.labels["route"] == "/metrics"}
+        if asked == {"0", "1"}:
+            return
+    raise AssertionError("one worker got all requests")
+
+
 async def test_workers_share_a_port_and_are_one_server(start_processes: StartProcesses) -> None:
     (server,) = await start_processes(1, NOTIFYD_SERVER__WORKERS="2")
     listeners: list[WebSocketListener] = []
@@ -252,6 +274,7 @@ async def test_workers_share_a_port_and_are_one_server(start_processes: StartPro
         await listener.expect("notification")
         assert (await server.publish(user(f"u{number}")))["delivered_to"] == 1
         await listener.expect("notification")
+    await all_workers_are_counted(server, len(listeners))
     assert await server.stop() == 0
     for listener in listeners:
         code, told = await listener.closed()

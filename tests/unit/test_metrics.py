@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from notifyd.metrics import MAX_CHILDREN, Histogram, Metrics
+from notifyd.metrics import MAX_CHILDREN, Histogram, Metrics, Samples
 
 # protocol.md, "Metrics": everything without a mark, what [stores] brings, corrupt entries, what the
 # ledger was not told, and of [cluster] what rate limits count.
@@ -154,3 +155,40 @@ def test_two_servers_in_a_process_do_not_mix() -> None:
     first.queue_dropped_total.inc()
     assert samples(second)["notifyd_queue_dropped_total", ()] == 0
     assert not [family for family in REGISTRY.collect() if family.name.startswith("notifyd")]
+
+
+def test_several_processes_are_told_apart() -> None:
+    metrics = [Metrics(), Metrics()]
+    for number, each in enumerate(metrics, 1):
+        each.deliveries_total.labels("sse").inc(number)
+        each.queue_messages.set(7)
+        each.ack_pending.read_from(lambda number=number: number)  # type: ignore[misc]  # bound now
+        each.ack_seconds.observe(1.0)
+        # As some owners say it.
+        each.cluster_bus_up.read_from(lambda: True)
+        each.leave_out("postgres")
+    sent = msgspec.msgpack.encode(metrics[1].samples())
+    text = metrics[0].render_workers(0, {1: msgspec.msgpack.decode(sent, type=Samples)}).decode()
+    found = [
+        (each.name, each.labels, each.value)
+        for family in text_string_to_metric_families(text)
+        for each in family.samples
+    ]
+    for number in (0, 1):
+        worker = {"worker": str(number)}
+        sse = {"transport": "sse", **worker}
+        assert ("notifyd_deliveries_total", sse, number + 1) in found
+        assert ("notifyd_ack_pending", worker, number + 1) in found
+        assert ("notifyd_ack_seconds_count", worker, 1) in found
+        assert ("notifyd_cluster_bus_up", worker, 1) in found
+    # A store says it for all of them.
+    queued = [each for each in found if each[0] == "notifyd_queue_messages"]
+    assert queued == [("notifyd_queue_messages", {}, 7)]
+    assert not any(name.startswith("notifyd_postgres_") for name, _, _ in found)
+    assert text.count("# TYPE notifyd_deliveries_total") == 1
+
+
+def test_what_another_version_counts_besides_is_passed_over() -> None:
+    metrics = Metrics()
+    strange: Samples = {"notifyd_strange_total": [("notifyd_strange_total", {}, 1.0)]}
+    assert b"strange" not in metrics.render_workers(0, {1: strange})
