@@ -398,7 +398,8 @@ def _storm(bench: Bench, kept: Kept, name: str) -> Storm:
 def outage(bench: Bench) -> Rows:
     """99 % of the notifications to a hundred connected users take so long at most, at 1,000 single
     sends a second, with everything in Redis, and in PostgreSQL: the store stopped (SIGSTOP) as they
-    begin, when all users have read their queues, against the store well."""
+    begin, when all users have read their queues, against the store well; each the median of
+    three."""
     for kind in STORES:
         yield _outage(bench, kind)
 
@@ -417,6 +418,16 @@ def _outage(bench: Bench, kind: Kind) -> Row:
 
 
 def _p99_of_sends(bench: Bench, kept: Kept, *, stopped: bool, name: str = "user") -> float:
+    """The median of three: what the machine itself keeps the server from for milliseconds at a time
+    comes near to one in a hundred."""
+    runs = [
+        _p99_of_one(bench, kept, stopped=stopped, name=f"{name}-{number}")
+        for number in range(bench.repeats)
+    ]
+    return statistics.median(runs)
+
+
+def _p99_of_one(bench: Bench, kept: Kept, *, stopped: bool, name: str) -> float:
     assert kept.store is not None
     paths = bench.notifyd.subscribers("ws", 100, channel=False, name=name).paths
     # Who is still about to read his queue waits a second for a store that stopped, and so does what

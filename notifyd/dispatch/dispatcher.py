@@ -310,6 +310,8 @@ class Dispatcher:
         exclude: str | None,
     ) -> Eventually[Receipt]:
         if self._stores_first(notification):
+            if self._cluster is None and exclude is None and notification.audience.type == "All":
+                return self._store_then_send_to_one(tenant_name, user_id, notification)
             return self._store_then_send(
                 tenant_name, (user_id,), notification, exclude, receipt_of_one
             )
@@ -674,6 +676,42 @@ class Dispatcher:
             rescue(lambda: logs.enqueue(tenant_name, recipients, notification), refused), send
         )
 
+    def _store_then_send_to_one(
+        self, tenant_name: str, user_id: str, notification: Notification
+    ) -> Eventually[Receipt]:
+        """`_store_then_send` for one user of the only node, all of whose connections may receive:
+        by far the most common case."""
+        logs = self._logs
+        assert logs is not None  # noqa: S101  # for the type checker
+        self._writes.go_before(tenant_name, (user_id,))
+        message = notification_message(notification)
+        tenant = self._registry.tenant(tenant_name)
+        is_replaying = self._confirmations.is_replaying
+        ready = [(each, each.replays) for each in tenant.of_user(user_id) if not is_replaying(each)]
+
+        def send(rejections: Sequence[Rejection | None]) -> Receipt:
+            (rejection,) = rejections
+            # A replay that began meanwhile may have brought it, or not.
+            connections = [each for each, replays in ready if each.replays == replays]
+            result = self._send_stored(notification, message, connections, rejection)
+            outcome = result.outcome
+            if rejection is None:
+                self._metrics.queue_enqueued_total.inc()
+                now = self._registry.tenant(tenant_name).of_user(user_id)
+                # As a rule nothing has changed, and there is nothing to look for.
+                if list(now) != connections and any(each not in connections for each in now):
+                    self._writes.on_returned(tenant_name, user_id, before_live=True)
+            elif result.reason is not None:
+                self._count_failures((result.reason,))
+            if outcome is Outcome.DELIVERED:
+                self._expect(tenant_name, notification, (user_id,))
+                return Receipt(notification.id, outcome, result.connections)
+            if outcome is Outcome.QUEUED:
+                self._expect(tenant_name, notification, (user_id,), queued=True)
+            return receipt_of_one(notification.id, {user_id: result})
+
+        return and_then(logs.enqueue(tenant_name, (user_id,), notification), send)
+
     def _send_stored(
         self,
         notification: Notification,
@@ -703,7 +741,9 @@ class Dispatcher:
                 or connection.offer(message)
             )
         ]
-        taken_by = [connection for connection in taken_by if connection.state is State.OPEN]
+        if len(taken_by) > 1:
+            # One that took it may have been given up to make room for it in another.
+            taken_by = [connection for connection in taken_by if connection.state is State.OPEN]
         if taken_by:
             streams = sum([connection.transport == "sse" for connection in taken_by])
             self._count(len(taken_by) - streams, streams)
