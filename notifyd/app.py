@@ -166,6 +166,7 @@ class Notifyd(PublishingCalls):
             spawn=self._tasks.spawn,
             on_lost=self._lost,
             on_unavailable=self._note_lost,
+            is_away=lambda: settings.queue.backend in self._backends.stores.down(),
         )
         self._confirmations = Confirmations(
             self._registry,

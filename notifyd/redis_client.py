@@ -442,9 +442,19 @@ class Redis:
 
     def _flush(self) -> None:
         self._flushing = True
-        gathering, self._gathering = self._gathering, []
-        for send in gathering:
-            send()
+        # What sends may gather more.
+        while self._gathering:
+            gathering, self._gathering = self._gathering, []
+            for send in gathering:
+                try:
+                    send()
+                except Exception as error:  # noqa: BLE001  # costs what it had to send, and is logged
+                    self._log.warning(
+                        "what was to be sent to Redis failed",
+                        reason=f"failed: {type(error).__name__}",
+                        error=str(error)[:200],
+                        exc_info=True,
+                    )
         self._flushing = False
         link = self._link
         if link is None:

@@ -53,9 +53,10 @@ class StoreWrites:
 
     At most `max_waiting` notifications wait for a store that is away; the oldest are given up
     first and told to `on_lost`. `on_returned` is told when something is in the log again,
-    `on_unavailable(error)` when a note to the ledger is lost. `settle_confirmed(waiting)`, in a
-    cluster, settles what of it was confirmed on other nodes: a store that did not answer may have
-    taken it all the same, and they have read it there.
+    `on_unavailable(error)` when a note to the ledger is lost; `is_away` says whether the logs'
+    store is known to be. `settle_confirmed(waiting)`, in a cluster, settles what of it was
+    confirmed on other nodes: a store that did not answer may have taken it all the same, and they
+    have read it there.
     """
 
     settle_confirmed: Callable[[Waiting], Awaitable[None]] | None = None
@@ -70,6 +71,7 @@ class StoreWrites:
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         on_lost: Callable[[Notification], None],
         on_unavailable: Callable[[Unavailable], None],
+        is_away: Callable[[], bool] = lambda: False,
     ) -> None:
         self._logs = logs
         self._ledger = ledger
@@ -78,6 +80,7 @@ class StoreWrites:
         self._spawn = spawn
         self._on_lost = on_lost
         self._on_unavailable = on_unavailable
+        self._is_away = is_away
         self.on_returned: OnReturned = _nobody_told
         # What the store refused or did not answer for, or what waits for its turn, and what is on
         # its way there. Of one user, nothing sets out while something is on its way: where that
@@ -206,8 +209,9 @@ class StoreWrites:
 
     def go_before(self, tenant: str, users: Sequence[str]) -> None:
         """Something is about to be stored for these: what waits goes first, for it was sent before
-        that. In a cluster only what waits for nothing but its turn: of what a store did not answer
-        for, other nodes may know that it was confirmed, and `retry` asks them first.
+        that. In a cluster, or while the store is away, only what waits for nothing but its turn: of
+        what a store did not answer for, other nodes may know that it was confirmed, and `retry`
+        asks them first.
         """
         if not self._in_line and not self._homeless:
             return
@@ -218,7 +222,7 @@ class StoreWrites:
             if key in self._in_line:
                 del self._in_line[key]
                 self._store_waiting(key)
-            elif key in self._homeless and self.settle_confirmed is None:
+            elif key in self._homeless and self.settle_confirmed is None and not self._is_away():
                 self._store_waiting(key)
 
     def _store_waiting(self, key: UserKey) -> None:

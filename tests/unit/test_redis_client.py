@@ -12,11 +12,13 @@ from typing import Any
 
 import hiredis
 import pytest
+from structlog.testing import capture_logs
 
 from notifyd.errors import ConfigurationError, Unavailable
 from notifyd.options import BreakerSettings
 from notifyd.redis_client import REJECTED_PER_TURN, Redis, RedisAddress, Script
 from notifyd.resilience import Backoff, BreakerState, CircuitBreaker
+from tests.front_door import until
 from tests.server.test_tls import make_certificate
 
 Answer = Callable[[list[bytes]], bytes | None]
@@ -152,6 +154,38 @@ class TestCalls:
             answers = await asyncio.gather(*[redis.command("ECHO", n) for n in range(100)])
             assert answers == [b"%d" % n for n in range(100)]
             assert [len(chunk) for chunk in fake.chunks] == [100]
+
+    async def test_what_is_gathered_goes_out_with_them_also_what_that_gathers(self) -> None:
+        async with faking() as fake, connected(f"redis://127.0.0.1:{fake.port}") as redis:
+            calls: list[asyncio.Future[Any]] = []
+
+            def send(name: str) -> None:
+                calls.append(redis.command("ECHO", name))
+
+            def send_more() -> None:
+                send("second")
+                redis.gather(lambda: send("third"))
+
+            redis.gather(send_more)
+            send("first")
+            await until(lambda: len(calls) == 3)
+            assert await asyncio.gather(*calls) == [b"first", b"second", b"third"]
+            assert [len(chunk) for chunk in fake.chunks] == [3]
+
+    async def test_what_fails_in_gathering_costs_nobody_else_anything(self) -> None:
+        async with faking() as fake, connected(f"redis://127.0.0.1:{fake.port}") as redis:
+            calls: list[asyncio.Future[Any]] = []
+
+            def fail() -> None:
+                raise ValueError("a fault of ours")
+
+            with capture_logs() as log:
+                redis.gather(fail)
+                redis.gather(lambda: calls.append(redis.command("ECHO", 1)))
+                await until(lambda: bool(calls))
+            assert await calls[0] == b"1"
+            assert [each["error"] for each in log] == ["a fault of ours"]
+            assert await redis.command("ECHO", 2) == b"2"
 
     async def test_a_script_is_loaded_once_on_a_connection(self) -> None:
         def answer(command: list[bytes]) -> bytes | None:

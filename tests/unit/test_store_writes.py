@@ -118,6 +118,7 @@ class Writes:
 
     def __init__(self, *, max_waiting: int = 100, queue: bool = True) -> None:
         self.clock = Clock()
+        self.is_away = False
         self.logs = Logs()
         self.ledger = Ledger()
         self.lost: list[str] = []
@@ -132,6 +133,7 @@ class Writes:
             spawn=lambda work: self.tasks.append(asyncio.ensure_future(work)),
             on_lost=lambda notification: self.lost.append(notification.id),
             on_unavailable=self.unavailable.append,
+            is_away=lambda: self.is_away,
         )
         self.writes.on_returned = lambda tenant, user_id, **how: self.returned.append(
             (tenant, user_id)
@@ -324,6 +326,16 @@ class TestWaiting:
         writes.writes.go_before("acme", ("bob", "ann"))
         assert writes.logs.stored == {ANN: ids(early)}
         assert writes.waiting() == []
+
+    def test_a_store_that_is_known_to_be_away_is_not_asked_at_each_publish(self) -> None:
+        writes = Writes()
+        writes.logs.down = True
+        early = some(2)
+        writes.give_back(*early)
+        writes.logs.down, writes.is_away = False, True
+        writes.writes.go_before("acme", ("ann",))
+        assert writes.waiting() == ids(early)
+        assert writes.logs.stored == {}
 
     async def test_other_nodes_are_asked_before_what_a_store_did_not_answer_for_goes(self) -> None:
         writes = Writes()

@@ -180,7 +180,7 @@ class RedisUserLogs:
         )
         own = None
         if len(gathered.waiting) == 1 and not gathered.waiting[0][0].done():
-            # Nothing is to be shared out; where he gave up, it is stored all the same.
+            # Nothing is to be shared out.
             own = gathered.waiting[0][0]
         try:
             answer = self._redis.run(self._enqueue, gathered.keys, args, self._enqueued, own)
