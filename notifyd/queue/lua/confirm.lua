@@ -7,6 +7,7 @@
 
 local stats, times = KEYS[1], KEYS[2]
 local now, how, user = time(ARGV[1]), ARGV[2], ARGV[3]
+local confirmed_now = how .. string.format('%.0f', now)
 local answer, confirmed, acknowledged, total = {}, 0, 0, 0
 
 local function acked(since)
@@ -42,7 +43,7 @@ local function confirm(record, pending)
         since = how == 'a' and redis.call('ZSCORE', pending, user)
         confirmed = confirmed + redis.call('ZREM', pending, user)
     end
-    redis.call('HSET', record, user, how .. string.format('%.0f', now))
+    redis.call('HSET', record, user, confirmed_now)
     if how == 'a' then
         return acked(since or sent)
     end

@@ -14,6 +14,23 @@ local size, waiting = 0, 0
 -- Scores and members for what all notifications share, each written once.
 local ordered, late = {}, {}
 local PART = 500
+local sent_now = string.format('p%.0f', now)
+
+-- Whether it is sent to its lone recipient, who is known: as a rule it was queued for him, or comes
+-- again. Then nothing else is to be looked at.
+local function sent_to_only_known(kind, record, anyone, user, state)
+    if kind ~= 'sent' or anyone or not state or #state == 1 then
+        return false
+    end
+    local letter = string.sub(state, 1, 1)
+    if letter ~= 'a' and letter ~= 't' then
+        redis.call('HSET', record, user, sent_now)
+        if letter ~= 'p' then
+            waiting = waiting + 1
+        end
+    end
+    return true
+end
 
 local at = 7
 while at <= #ARGV do
@@ -23,82 +40,84 @@ while at <= #ARGV do
     at = last + 1
     local known = redis.call('HMGET', record, 's', 'n',
         unpack(ARGV, first, math.min(first + PART - 1, last)))
-    local before = 2
-    local new, changes = not known[1], {}
-    local only = new and first == last
-    if new then
-        changes = {'s', now}
-        if only then
-            changes = {'s', now, 'o', ARGV[first]}
-            size = size - 1
-        elseif kind == 'anyone' then
-            changes = {'s', now, 'n', 0}
-            size = size - 1
+    if first ~= last or not sent_to_only_known(kind, record, known[2], ARGV[first], known[3]) then
+        local before = 2
+        local new, changes = not known[1], {}
+        local only = new and first == last
+        if new then
+            changes = {'s', now}
+            if only then
+                changes = {'s', now, 'o', ARGV[first]}
+                size = size - 1
+            elseif kind == 'anyone' then
+                changes = {'s', now, 'n', 0}
+                size = size - 1
+            end
+            ordered[#ordered + 1] = now
+            ordered[#ordered + 1] = member
         end
-        ordered[#ordered + 1] = now
-        ordered[#ordered + 1] = member
-    end
-    -- What anybody may ack expects nobody in particular later either.
-    if known[2] then
-        last = first - 1
-    end
-    local from = first
-    while from <= last or #changes > 0 do
-        local to = math.min(from + PART - 1, last)
-        local scores, returned = {}, {}
-        for each = from, to do
-            local user, state = ARGV[each], known[each - from + 1 + before] or ''
-            local letter = string.sub(state, 1, 1)
-            local alone = only or #state > 1
-            if kind == 'queued' then
-                if letter == '' or letter == 'p' then
+        -- What anybody may ack expects nobody in particular later either.
+        if known[2] then
+            last = first - 1
+        end
+        local from = first
+        while from <= last or #changes > 0 do
+            local to = math.min(from + PART - 1, last)
+            local scores, returned = {}, {}
+            for each = from, to do
+                local user, state = ARGV[each], known[each - from + 1 + before] or ''
+                local letter = string.sub(state, 1, 1)
+                local alone = only or #state > 1
+                if kind == 'queued' then
+                    if letter == '' or letter == 'p' then
+                        changes[#changes + 1] = user
+                        changes[#changes + 1] = alone and 'q1' or 'q'
+                        if letter == 'p' and alone then
+                            waiting = waiting - 1
+                        elseif letter == 'p' then
+                            returned[#returned + 1] = user
+                        end
+                    end
+                elseif letter ~= 'a' and letter ~= 't' then
                     changes[#changes + 1] = user
-                    changes[#changes + 1] = alone and 'q1' or 'q'
-                    if letter == 'p' and alone then
-                        waiting = waiting - 1
-                    elseif letter == 'p' then
-                        returned[#returned + 1] = user
+                    if alone then
+                        changes[#changes + 1] = sent_now
+                        waiting = waiting + (letter == 'p' and 0 or 1)
+                    else
+                        changes[#changes + 1] = 'p'
+                        scores[#scores + 1] = now
+                        scores[#scores + 1] = user
                     end
                 end
-            elseif letter ~= 'a' and letter ~= 't' then
-                changes[#changes + 1] = user
-                if alone then
-                    changes[#changes + 1] = string.format('p%.0f', now)
-                    waiting = waiting + (letter == 'p' and 0 or 1)
-                else
-                    changes[#changes + 1] = 'p'
-                    scores[#scores + 1] = now
-                    scores[#scores + 1] = user
+            end
+            if #changes > 0 then
+                size = size + redis.call('HSET', record, unpack(changes))
+                changes = {}
+            end
+            if #returned > 0 then
+                waiting = waiting - redis.call('ZREM', pending, unpack(returned))
+            end
+            if #scores > 0 then
+                local added = redis.call('ZADD', pending, unpack(scores))
+                if added > 0 then
+                    waiting = waiting + added
+                    redis.call('PEXPIRE', pending, keep)
                 end
             end
-        end
-        if #changes > 0 then
-            size = size + redis.call('HSET', record, unpack(changes))
-            changes = {}
-        end
-        if #returned > 0 then
-            waiting = waiting - redis.call('ZREM', pending, unpack(returned))
-        end
-        if #scores > 0 then
-            local added = redis.call('ZADD', pending, unpack(scores))
-            if added > 0 then
-                waiting = waiting + added
-                redis.call('PEXPIRE', pending, keep)
+            from = to + 1
+            if from <= last then
+                known = redis.call('HMGET', record, unpack(ARGV, from, math.min(from + PART - 1, last)))
+                before = 0
             end
         end
-        from = to + 1
-        if from <= last then
-            known = redis.call('HMGET', record, unpack(ARGV, from, math.min(from + PART - 1, last)))
-            before = 0
+        if new then
+            -- It is let go of so long after it was sent first; nothing prolongs that.
+            redis.call('PEXPIRE', record, keep)
         end
     end
     if kind == 'sent' and last >= first then
         late[#late + 1] = now + timeout
         late[#late + 1] = member
-    end
-    if new then
-        -- It is let go of so long after it was sent first; nothing prolongs that.
-        redis.call('PEXPIRE', record, keep)
     end
 end
 if #ordered > 0 then
