@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar
 
 from typing_extensions import TypeIs
 
@@ -78,19 +78,6 @@ def and_then(value: Eventually[T], continuation: Callable[[T], Eventually[U]]) -
 async def _after_each(value: Awaitable[T], continuation: Callable[[T], Eventually[U]]) -> U:
     result = continuation(await value)
     return await result if is_awaitable(result) else result
-
-
-def chain(value: Eventually[Eventually[T]], continuation: Callable[[T], U]) -> Eventually[U]:
-    """`then`, for a value that may itself have to be awaited once it is there."""
-    # mypy cannot take an Eventually of an Eventually apart.
-    nested = cast("Eventually[Any]", value)
-    if is_awaitable(nested):
-        return _after_both(nested, continuation)
-    return then(nested, continuation)
-
-
-async def _after_both(value: Awaitable[Eventually[T]], continuation: Callable[[T], U]) -> U:
-    return continuation(await settled(await value))
 
 
 async def settled(value: Eventually[T]) -> T:

@@ -287,10 +287,11 @@ class _OfWorkers:
 
     def collect(self) -> Iterator[Metric]:
         own = self._metrics.samples()
+        everybody = sorted({**self._others, self._own: own}.items())
         for name, metric in self._metrics.exported():
             if name in own:
                 metric.samples.clear()
-                for number, samples in sorted({**self._others, self._own: own}.items()):
+                for number, samples in everybody:
                     for sample, labels, value in samples.get(name, ()):
                         metric.add_sample(sample, {**labels, "worker": str(number)}, value)
             yield metric

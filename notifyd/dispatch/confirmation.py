@@ -23,7 +23,7 @@ from notifyd.connections.connection import Connection, Held, HeldTogether, State
 from notifyd.connections.registry import Registry
 from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.errors import Unavailable
-from notifyd.eventually import Eventually, chain, is_awaitable, rescue, then
+from notifyd.eventually import Eventually, and_then, is_awaitable, rescue, then
 from notifyd.eventually import settled as settled_value
 from notifyd.identity import Identity
 from notifyd.notification import Notification
@@ -478,7 +478,7 @@ class Confirmations:
             known = rescue(lambda: ledger.acknowledge(tenant, user_id, list(held)), without_ledger)
             return then(known, found.union)
 
-        return chain(then(settled, after_settling), answer)
+        return then(and_then(settled, after_settling), answer)
 
     def _settle_acked(
         self,

@@ -555,7 +555,7 @@ class HttpProtocol(HttpToolsProtocol):
             if self._new_heads and endpoint is not None:
                 self._known = KnownHead.of(data, self.headers, endpoint, forwarded=self._forwarded)
                 self._known_is_next = self._known is not None
-        elif self._known is not None:
+        else:
             self._known = None
 
     def _answer_known(self, known: KnownHead, body: bytes) -> None:

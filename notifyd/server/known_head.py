@@ -24,7 +24,7 @@ class KnownHead:
 
     __slots__ = ("_after", "_before", "_headers", "_place", "endpoint", "forwarded")
 
-    def __init__(  # what a head consists of
+    def __init__(
         self,
         before: bytes,
         after: bytes,

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from notifyd.eventually import Eventually, chain, is_awaitable, settled, then
+from notifyd.eventually import Eventually, and_then, is_awaitable, settled, then
 
 
 def later(value: int) -> Eventually[int]:
@@ -64,18 +64,18 @@ class TestThen:
         assert future.cancelled()
 
 
-class TestChain:
-    async def test_whatever_must_be_awaited(self) -> None:
-        def nested(value: Eventually[int]) -> Eventually[Eventually[int]]:
-            async def awaited() -> Eventually[int]:
-                return value
+class TestAndThen:
+    async def test_either_way_and_either_way_again(self) -> None:
+        def plus_one(number: int) -> Eventually[int]:
+            return number + 1
 
-            return awaited()
+        def plus_one_later(number: int) -> Eventually[int]:
+            return later(number + 1)
 
-        assert chain(2, lambda number: number + 1) == 3
-        assert await settled(chain(later(2), lambda number: number + 1)) == 3
-        assert await settled(chain(nested(2), lambda number: number + 1)) == 3
-        assert await settled(chain(nested(later(2)), lambda number: number + 1)) == 3
+        assert and_then(2, plus_one) == 3
+        assert await settled(and_then(later(2), plus_one)) == 3
+        assert await settled(and_then(2, plus_one_later)) == 3
+        assert await settled(and_then(later(2), plus_one_later)) == 3
 
 
 class TestSettled:
