@@ -131,9 +131,9 @@ class Connection:
     Unix seconds. `acks`: the client acknowledges by itself, so that a sign of life confirms
     nothing. `unconfirmed` maps notification ids to what is held, in order of delivery; `asked` is
     the counter of the Ping that is out and the ids that its Pong will confirm. `left_to_log` has
-    the latest ids of what came here, is not confirmed, and is held by the user's log alone, with
-    the Unix seconds of their delivery. `left_out` has the latest ids that `exclude_connection` kept
-    from this one, whatever becomes of them.
+    the latest ids of what came here, is not confirmed, and is held by the user's log alone, or was
+    acked in vain while a store was away, with the Unix seconds of their delivery. `left_out` has
+    the latest ids that `exclude_connection` kept from this one, whatever becomes of them.
     `before_gap` has the ids of what it was sent, and had not confirmed, when it was last told what
     a full queue gave up; None where it was not.
     `replays` counts the replays that had something to bring, from their beginning. `ack_credit`
@@ -232,9 +232,16 @@ class Connection:
             self.unconfirmed = {}
         self.unconfirmed[held.notification.id] = held
 
+    def was_sent(self, notification_id: str) -> bool:
+        """Whether it took this, as far as is remembered, and no confirmation of it was answered."""
+        unconfirmed, left = self.unconfirmed, self.left_to_log
+        return bool(
+            (unconfirmed and notification_id in unconfirmed) or (left and notification_id in left)
+        )
+
     def leave_to_log(self, notification_id: str, since: float) -> None:
-        """Remember of what is held no longer that it was sent here at `since` (Unix seconds) and is
-        in the user's log."""
+        """Remember of what is held no longer that it was sent here at `since` (Unix seconds), and
+        that no confirmation of it was answered."""
         left = self.left_to_log
         if left is None:
             left = self.left_to_log = {}

@@ -11,7 +11,7 @@ by `idle_timeout` (SSE).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from heapq import merge
 from itertools import count, islice
 from typing import TypeVar
@@ -23,7 +23,7 @@ from notifyd.connections.connection import Connection, Held, HeldTogether, State
 from notifyd.connections.registry import Registry
 from notifyd.dispatch.store_writes import StoreWrites
 from notifyd.errors import Unavailable
-from notifyd.eventually import Eventually, and_then, is_awaitable, rescue, then
+from notifyd.eventually import Eventually, and_then, rescue, then
 from notifyd.eventually import settled as settled_value
 from notifyd.identity import Identity
 from notifyd.notification import Notification
@@ -430,29 +430,27 @@ class Confirmations:
         self, tenant: str, user_id: str, ids: Sequence[str], *, by: Connection | None = None
     ) -> Eventually[AckAnswer]:
         """The user's own acks, over the connection `by` where it is known. Answered after the store
-        settled them; a second ack is acked again.
+        settled them; a second ack is acked again. Raises Unavailable where a store that has to know
+        is away: the client is to repeat it.
         """
         connections = self._registry.tenant(tenant).of_user(user_id)
-        had = {
-            id: [each for each in connections if each.unconfirmed and id in each.unconfirmed]
-            for id in ids
-        }
+        had = {id: [each for each in connections if each.was_sent(id)] for id in ids}
+        here = frozenset(id for id, by_whom in had.items() if by_whom)
         held = {id: self._settle_here(connections, id) for id in ids}
         elsewhere = self._settle_elsewhere(tenant, user_id, held)
         # What goes back to the log just now would be in it again after it was settled.
         returning = self._writes.confirmed(tenant, user_id, ids)
         in_log = [id for id, found in held.items() if found is None or found.in_log]
         self._note_settled(connections, in_log)
-        settled: Eventually[frozenset[str]] = frozenset()
-        if in_log:
-            settled = self._settle_acked(tenant, user_id, {id: had[id] for id in in_log}, by)
 
-        def answer(found: frozenset[str]) -> AckAnswer:
-            acked = [id for id in held if id in found]
-            return AckAnswer(acked, [id for id in held if id not in found])
+        def settle() -> Eventually[AckAnswer]:
+            settled: Eventually[frozenset[str]] = frozenset()
+            if in_log:
+                heard = any(_heard_gap(id, had[id], by) for id in in_log)
+                settled = self._writes.settle_acked(tenant, user_id, in_log, heard=heard)
+            return then(and_then(settled, after_settling), answer)
 
         def after_settling(in_store: frozenset[str]) -> Eventually[frozenset[str]]:
-            here = {id for id, record in held.items() if record is not None}
             found = in_store | here | returning
             if elsewhere is None:
                 return in_ledger(found)
@@ -478,41 +476,24 @@ class Confirmations:
             known = rescue(lambda: ledger.acknowledge(tenant, user_id, list(held)), without_ledger)
             return then(known, found.union)
 
-        return then(and_then(settled, after_settling), answer)
+        def answer(found: frozenset[str]) -> AckAnswer:
+            for id in here:
+                for connection in had[id]:
+                    connection.take_left_to_log((id,))
+            acked = [id for id in held if id in found]
+            return AckAnswer(acked, [id for id in held if id not in found])
 
-    def _settle_acked(
-        self,
-        tenant: str,
-        user_id: str,
-        had: Mapping[str, Sequence[Connection]],
-        by: Connection | None,
-    ) -> Eventually[frozenset[str]]:
-        """Settle these ids in the log; `had`: which connections held each until now.
-
-        Where that fails, the log still has them, and those connections are not to get them again.
-        """
-
-        def note_failure() -> None:
+        def unanswered(error: Unavailable) -> AckAnswer:
+            # They are not held any more, and maybe in no store: these connections are not to get
+            # them again, and are to be acked when they ask again.
             now = self._clock()
-            for id, connections in had.items():
-                for connection in connections:
+            for id in here:
+                for connection in had[id]:
                     if connection.state is State.OPEN:
                         connection.leave_to_log(id, now)
+            raise error
 
-        async def settled(pending: Awaitable[frozenset[str]]) -> frozenset[str]:
-            try:
-                return await pending
-            except Unavailable:
-                note_failure()
-                raise
-
-        heard = any(_heard_gap(id, connections, by) for id, connections in had.items())
-        try:
-            answer = self._writes.settle_acked(tenant, user_id, list(had), heard=heard)
-        except Unavailable:
-            note_failure()
-            raise
-        return settled(answer) if is_awaitable(answer) else answer
+        return rescue(settle, unanswered)
 
     def _settle_elsewhere(
         self, tenant: str, user_id: str, held: dict[str, Held | HeldTogether | None]

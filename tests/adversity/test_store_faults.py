@@ -300,6 +300,8 @@ async def test_what_a_dying_connection_held_is_kept_until_the_store_is_back(
             }
             assert heard[-1]["replayed"] == 4, heard
             heard = [each for each in heard if each["type"] == "notification"]
+            # Neither store knows of them, and the client has been sent all of them.
+            assert (await ann.ack(*ids))["code"] == "UNAVAILABLE"
     await recovered(host, faulty)
     if comes_back == "afterwards":
         await until(lambda: not writes._homeless and not writes._under_way, "the storing")
