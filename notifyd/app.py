@@ -231,6 +231,7 @@ class Notifyd(PublishingCalls):
             rate_limits=self._backends.rate_limits,
         )
         self._writes.on_returned = self._returned
+        self._writes.on_moved = self.lifecycle.look_again
         dispatcher = Dispatcher(
             self._registry,
             self._flusher,

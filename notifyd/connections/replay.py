@@ -36,6 +36,9 @@ READERS = 8
 """So many pages are asked for and written at a time: a thousand users who return at once must not
 keep the event loop for longer than these take."""
 
+LOOKS = 8
+"""So often a log that something goes to all the time is read, before what others hold is sent."""
+
 _UNAVAILABLE = Page(())
 
 
@@ -193,6 +196,12 @@ class Replayer:
         self._again[connection] = True
         self._spawn(self._replay_again(connection))
 
+    def look_again(self, connection: Connection) -> None:
+        """Something went to the log that nobody holds any more: where the log is being read, it may
+        be in no page that was."""
+        if connection in self._again:
+            self._again[connection] = True
+
     def _begin(self, connection: Connection) -> None:
         self._again[connection] = False
         self._confirmations.replay_begins(connection)
@@ -257,11 +266,18 @@ class Replayer:
         try:
             replayed = already + await self._send_pages(connection, first)
             all_sent = False
+            looks = LOOKS
             while not all_sent and connection.state is State.OPEN:
                 await connection.outbox.drained()
                 replayed += await self._send_what_was_on_its_way(connection)
                 identity = connection.identity
                 await self._writes.forget_confirmed((identity.tenant, identity.user_id))
+                if self._again[connection] and looks:
+                    # It was sent before what others hold.
+                    looks -= 1
+                    self._again[connection] = False
+                    replayed += await self._send_pages(connection, None)
+                    continue
                 others, all_sent = self._send_others(connection)
                 replayed += others
             if self._again[connection]:

@@ -8,9 +8,9 @@ and are tried again; a user who connects meanwhile gets what waits for him.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 from notifyd.cluster.router import Waiting
@@ -42,6 +42,10 @@ def _nobody_told(tenant: str, user_id: str, *, before_live: bool = False) -> Non
     """Where nobody can be connected."""
 
 
+def _nobody_reading(tenant: str, user_id: str) -> None:
+    """The same."""
+
+
 def _forget_frames(error: Unavailable) -> None:
     """What was awaited holds its error, and by its traceback who awaited it: thousands of such
     circles are a pause of the garbage collector."""
@@ -51,8 +55,9 @@ def _forget_frames(error: Unavailable) -> None:
 class StoreWrites:
     """Hands back to logs and settles in them. `logs` or `ledger` is None where it is switched off.
 
-    At most `max_waiting` notifications wait for a store that is away; the oldest are given up
-    first and told to `on_lost`. `on_returned` is told when something is in the log again,
+    At most `max_waiting` notifications wait for a store that is away; the oldest are given up first
+    and told to `on_lost`. `on_returned` is told when something is in the log again, `on_moved` when
+    it is something that his connections have got, but for those whose replay is under way,
     `on_unavailable(error)` when a note to the ledger is lost; `is_away` says whether the logs'
     store is known to be. `settle_confirmed(waiting)`, in a cluster, settles what of it was
     confirmed on other nodes: a store that did not answer may have taken it all the same, and they
@@ -82,6 +87,7 @@ class StoreWrites:
         self._on_unavailable = on_unavailable
         self._is_away = is_away
         self.on_returned: OnReturned = _nobody_told
+        self.on_moved: Callable[[str, str], None] = _nobody_reading
         # What the store refused or did not answer for, or what waits for its turn, and what is on
         # its way there. Of one user, nothing sets out while something is on its way: where that
         # fails, what is behind it must not come before it.
@@ -92,7 +98,7 @@ class StoreWrites:
         self._in_line: dict[UserKey, None] = {}
         self._failures = 0
         self._unsettled: dict[UserKey, dict[str, None]] = {}
-        self._settling: dict[UserKey, Counter[str]] = {}
+        self._settling: dict[UserKey, list[Sequence[str]]] = {}
         self._unsettled_ids = 0
         self._waiting = 0
         self._under_way: set[asyncio.Future[None]] = set()
@@ -151,8 +157,8 @@ class StoreWrites:
                 later.append((notification, answer))
             else:
                 returned |= self._stored(key, notification, answer[0])
-        if returned and replay:
-            self.on_returned(tenant, user_id)
+        if returned:
+            self._tell_returned(key, replay=replay)
         if later:
             self._storing[key] = {notification.id: notification for notification, _ in later}
             self._on_their_way += len(later)
@@ -184,13 +190,19 @@ class StoreWrites:
         finally:
             del self._storing[key], self._storing_tasks[key]
             self._on_their_way -= len(answers)
-        if returned and replay:
-            self.on_returned(*key)
+        if returned:
+            self._tell_returned(key, replay=replay)
         if failed:
             # Before what came behind it meanwhile; and `retry` asks first what became of it.
             self._keep_homeless(key, [*failed, *self.take_homeless(*key)])
             self._in_line.pop(key, None)
         self._let_the_next_go()
+
+    def _tell_returned(self, key: UserKey, *, replay: bool) -> None:
+        if replay:
+            self.on_returned(*key)
+        else:
+            self.on_moved(*key)
 
     def _let_the_next_go(self) -> None:
         """Store what waited for its turn, until that fails; then `retry` does."""
@@ -338,21 +350,21 @@ class StoreWrites:
             return answer
         pending = asyncio.ensure_future(answer)
         key = (tenant, user_id)
-        self._settling.setdefault(key, Counter()).update(ids)
+        self._settling.setdefault(key, []).append(ids)
         pending.add_done_callback(partial(self._settling_is_over, key, ids))
         return pending
 
     def _settling_is_over(self, key: UserKey, ids: Sequence[str], answer: object) -> None:
-        # A Counter keeps what is down to zero; what is positive is what others still settle.
-        left = self._settling[key] = +(self._settling[key] - Counter(ids))
-        if not left:
+        settling = self._settling[key]
+        settling.remove(ids)
+        if not settling:
             del self._settling[key]
 
     def settling(self, tenant: str, user_id: str) -> Iterable[str]:
         """What is being settled, or waits to be: a page that is asked for before may bring it, and
         arrive after."""
         key = (tenant, user_id)
-        return (*self._settling.get(key, ()), *self._unsettled.get(key, ()))
+        return chain(*self._settling.get(key, ()), self._unsettled.get(key, ()))
 
     async def _settle_later(
         self, key: UserKey, ids: Sequence[str], answer: Awaitable[frozenset[str]]

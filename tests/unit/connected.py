@@ -368,6 +368,7 @@ class World:
             else RateLimits(Rates(ratelimit, AuthSettings()), self._limit, self.metrics),
         )
         self.writes.on_returned = self.lifecycle.replay_again
+        self.writes.on_moved = self.lifecycle.look_again
         self.dispatcher = Dispatcher(
             self.registry,
             self.flusher,

@@ -75,10 +75,12 @@ async def turns() -> None:
 class Late:
     """A world over such a store, and a publisher who sends to u1."""
 
-    def __init__(self, *, store_first: bool = False, logs: LateLogs | None = None) -> None:
+    def __init__(
+        self, *, store_first: bool = False, logs: LateLogs | None = None, **options: Any
+    ) -> None:
         self.logs = logs or LateLogs()
         loop = asyncio.get_running_loop()
-        self.world = World(logs=self.logs, store_first=store_first, loop=loop)
+        self.world = World(logs=self.logs, store_first=store_first, loop=loop, **options)
 
     def send(self, **options: Any) -> asyncio.Future[Receipt]:
         receipt = self.world.dispatch("u1", **options)
@@ -247,3 +249,22 @@ async def test_the_senders_own_connection_is_not_replayed_to() -> None:
     id = await late.sent(exclude_connection=client.id)
     assert other.read_notifications() == [id]
     assert client.read_notifications() == []
+
+
+async def test_what_moves_to_the_log_after_the_page_was_asked_for_comes_in_its_order() -> None:
+    """Beyond `ack.max_pending`, while another device connects, which finds it in no page, and
+    nobody holds it any more."""
+    late = Late(max_pending=1)
+    other = await late.connected(acks=True)
+    ids = [(await late.send()).notification_id]
+    device = late.world.connect("u1", acks=True)
+    await turns()
+    ids.append((await late.send()).notification_id)
+    await turns()
+    # Moved, and stored, before the page has come that was asked for before that.
+    await late.logs.answer("enqueue")
+    await late.logs.answer("read")
+    await late.logs.answer_all()
+    for client in (other, device):
+        messages = client.read()
+        assert [each["id"] for each in messages if each["type"] == "notification"] == ids
