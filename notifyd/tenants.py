@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, date, datetime
+from functools import lru_cache
 from typing import Annotated, Protocol
 from urllib.parse import quote
 
@@ -47,12 +48,16 @@ def scoped(tenant: str, name: str) -> str:
 
     Percent-encoded, so that no name reaches another tenant's: neither part can hold the bar.
     """
-    return f"{encoded(tenant)}|{encoded(name)}"
+    return f"{_encoded_tenant(tenant)}|{encoded(name)}"
 
 
 def encoded(name: str) -> str:
     """A name as part of a key: whatever separates parts is escaped."""
     return name if _PLAIN(name) is not None else quote(name, safe="")
+
+
+# There are few, and each is asked for several times with every notification.
+_encoded_tenant = lru_cache(maxsize=1024)(encoded)
 
 
 class TenantLimits(msgspec.Struct, frozen=True):

@@ -210,9 +210,26 @@ class Confirmations:
         connection.hold(held)
         self._ask_soon(connection)
 
-    def hold_stored(self, notification: Notification, connection: Connection) -> None:
+    def hold_stored(
+        self, notification: Notification, connection: Connection, *, shared: bool = False
+    ) -> None:
         """A connection took it from the log, which keeps it until it is settled."""
-        self.hold_all_stored(notification, (connection,))
+        id = notification.id
+        unconfirmed = connection.unconfirmed
+        if unconfirmed is not None and id in unconfirmed:
+            connection.held_alone(id).in_log = True
+        else:
+            held = Held(
+                notification,
+                (connection,),
+                self._clock(),
+                stored=True,
+                in_log=True,
+                shared=shared,
+            )
+            connection.hold(held)
+            self._note_stored(held)
+        self._ask_soon(connection)
 
     def hold_all_stored(
         self,
@@ -222,6 +239,9 @@ class Confirmations:
         shared: bool = False,
     ) -> None:
         """These connections of one user took what the user's log keeps until it is settled."""
+        if len(connections) == 1:
+            self.hold_stored(notification, connections[0], shared=shared)
+            return
         id = notification.id
         takers = tuple(
             [
@@ -231,20 +251,23 @@ class Confirmations:
             ]
         )
         held = Held(notification, takers, self._clock(), stored=True, in_log=True, shared=shared)
-        if takers:
-            self._stored_first.append(held)
-            self._stored += 1
         for connection in connections:
             if connection.unconfirmed is None or id not in connection.unconfirmed:
                 connection.hold(held)
             else:
                 connection.held_alone(id).in_log = True
+        if takers:
+            self._note_stored(held)
+        for connection in connections:
+            self._ask_soon(connection)
+
+    def _note_stored(self, held: Held) -> None:
+        self._stored_first.append(held)
+        self._stored += 1
         while self._stored > self._max_pending:
             oldest = self._stored_first.popleft()
             if not oldest.settled:
                 self._leave_to_log(oldest)
-        for connection in connections:
-            self._ask_soon(connection)
 
     def hold_homeless(self, notification: Notification, connection: Connection) -> None:
         """A connection took what waited for a store that is away, and may have it or not."""

@@ -309,6 +309,41 @@ class TestMany:
         assert await states(ledger, ids[649]) == {"ann": "confirmed"}
         assert await states(ledger, ids[650]) == {"ann": "pending"}
 
+    async def test_a_page_that_is_sent_again_may_hold_all_kinds(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        ledger = await backend.ledger()
+        ids = [f"6f1de0fd-0000-4000-8000-{n:012d}" for n in range(9)]
+        queued, unknown, anyones, shared, acked, sent = (
+            ids[:2],
+            ids[2],
+            ids[3],
+            ids[4],
+            ids[5],
+            ids[6],
+        )
+        for id in (*queued, acked, *ids[7:]):
+            await expect(ledger, id, "ann", queued=True)
+        await settled(ledger.expect_anyone("acme", anyones))
+        await expect(ledger, shared, "ann", "bob", queued=True)
+        await acknowledge(ledger, "ann", acked)
+        await expect(ledger, sent, "ann")
+        assert (await stats(ledger)).pending == 1
+        clock.now += 2
+        await settled(ledger.expect_each("acme", [(id, "ann") for id in ids]))
+        assert (await stats(ledger)).pending == 7
+        for id in (*queued, unknown, sent, *ids[7:]):
+            assert await states(ledger, id) == {"ann": "pending"}
+        assert await states(ledger, anyones) == {}
+        assert await states(ledger, shared) == {"ann": "pending", "bob": "queued"}
+        assert await states(ledger, acked) == {"ann": "confirmed"}
+        clock.now += 3
+        assert await acknowledge(ledger, "ann", *ids) == set(ids)
+        assert (await stats(ledger)).pending == 0
+        # From when each was sent last; that of the one without recipients from the beginning.
+        assert sorted(backend.told.acknowledged) == [0, 3, 3, 3, 3, 3, 3, 3, 5]
+        assert await acknowledge(ledger, "bob", *ids) == {anyones, shared}
+
 
 class TestBounds:
     async def test_the_oldest_notification_goes_first(self, backend: Backend) -> None:

@@ -1,12 +1,15 @@
 -- Records that a user confirmed notifications, each once; an ack of his says more than the transport.
 --
--- KEYS: stats, times, then record and pending of each notification
--- ARGV: now or '', a (acked) | t (transport), u<user>, how many ack times are kept, keep (ms)
+-- KEYS: stats, times
+-- ARGV: now or '', a (acked) | t (transport), u<user>, how many ack times are kept, keep (ms), what the
+--       keys of records and of pendings begin with (made up here like in let_go), then the
+--       notifications
 -- Answer: for each notification -2 if he was not expected to, -1 if that was known, else how long it
 --         took him
 
 local stats, times = KEYS[1], KEYS[2]
 local now, how, user = time(ARGV[1]), ARGV[2], ARGV[3]
+local records, pendings = ARGV[6], ARGV[7]
 local confirmed_now = how .. string.format('%.0f', now)
 local answer, confirmed, acknowledged, total = {}, 0, 0, 0
 
@@ -18,18 +21,21 @@ local function acked(since)
     return took
 end
 
-local function confirm(record, pending)
-    local known = redis.call('HMGET', record, 's', 'n', user)
-    local sent, anyone, state = known[1], known[2], known[3]
-    if not sent then
-        return -2
-    end
-    if anyone and how == 'a' then
+-- One that expects nobody in particular, or not him.
+local function confirm_unexpected(record)
+    local known = redis.call('HMGET', record, 's', 'n')
+    if known[2] and how == 'a' then
         redis.call('HINCRBY', record, 'n', 1)
-        return acked(sent)
+        return acked(known[1])
     end
+    return -2
+end
+
+local function confirm(member)
+    local record = records .. member
+    local state = redis.call('HGET', record, user)
     if not state then
-        return -2
+        return confirm_unexpected(record)
     end
     local before = string.sub(state, 1, 1)
     if before == 'a' or (before == 't' and how == 't') then
@@ -40,18 +46,19 @@ local function confirm(record, pending)
         since = string.sub(state, 2)
         confirmed = confirmed + 1
     elseif before == 'p' then
+        local pending = pendings .. member
         since = how == 'a' and redis.call('ZSCORE', pending, user)
         confirmed = confirmed + redis.call('ZREM', pending, user)
     end
     redis.call('HSET', record, user, confirmed_now)
     if how == 'a' then
-        return acked(since or sent)
+        return acked(since or redis.call('HGET', record, 's'))
     end
     return -1
 end
 
-for key = 3, #KEYS, 2 do
-    answer[#answer + 1] = confirm(KEYS[key], KEYS[key + 1])
+for each = 8, #ARGV do
+    answer[#answer + 1] = confirm(ARGV[each])
 end
 count(stats, 'pending', -confirmed)
 if acknowledged > 0 then

@@ -16,10 +16,10 @@ local ordered, late = {}, {}
 local PART = 500
 local sent_now = string.format('p%.0f', now)
 
--- Whether it is sent to its lone recipient, who is known: as a rule it was queued for him, or comes
--- again. Then nothing else is to be looked at.
-local function sent_to_only_known(kind, record, anyone, user, state)
-    if kind ~= 'sent' or anyone or not state or #state == 1 then
+-- Notes that it is sent to its lone recipient, where he is known: as a rule it was queued for him, or
+-- comes again. Then nothing else is to be looked at.
+local function sent_to_only_known(record, user, state)
+    if not state or #state == 1 then
         return false
     end
     local letter = string.sub(state, 1, 1)
@@ -32,15 +32,25 @@ local function sent_to_only_known(kind, record, anyone, user, state)
     return true
 end
 
-local at = 7
+local at, known_before = 7, false
 while at <= #ARGV do
     local kind, member, first = ARGV[at], ARGV[at + 1], at + 3
     local last = at + 2 + tonumber(ARGV[at + 2])
-    local record, pending = records .. member, pendings .. member
+    local record = records .. member
     at = last + 1
-    local known = redis.call('HMGET', record, 's', 'n',
-        unpack(ARGV, first, math.min(first + PART - 1, last)))
-    if first ~= last or not sent_to_only_known(kind, record, known[2], ARGV[first], known[3]) then
+    local only_sent = kind == 'sent' and first == last
+    -- One more of a page that is replayed: only what he is to it need be looked at.
+    local noted = only_sent and known_before
+        and sent_to_only_known(record, ARGV[first], redis.call('HGET', record, ARGV[first]))
+    local known
+    if not noted then
+        known = redis.call('HMGET', record, 's', 'n',
+            unpack(ARGV, first, math.min(first + PART - 1, last)))
+        noted = only_sent and sent_to_only_known(record, ARGV[first], known[3])
+        known_before = noted
+    end
+    if not noted then
+        local pending = pendings .. member
         local before = 2
         local new, changes = not known[1], {}
         local only = new and first == last

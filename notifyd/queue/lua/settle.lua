@@ -7,19 +7,28 @@
 
 local depth, due, log, order = unpack(KEYS)
 local answer, found, seen = {}, {}, {}
+local gone = 0
+for from = 4, #ARGV, 1000 do
+    gone = gone + redis.call('HDEL', log, unpack(ARGV, from, math.min(from + 999, #ARGV)))
+end
+-- As a rule all of them were pending. Which were, else, is asked of the order: to look one up there
+-- takes as long as its log is.
 for from = 4, #ARGV, 1000 do
     local ids = {unpack(ARGV, from, math.min(from + 999, #ARGV))}
-    for each, score in ipairs(redis.call('ZMSCORE', order, unpack(ids))) do
-        local id = ids[each]
-        answer[#answer + 1] = score and 1 or 0
-        if score and not seen[id] then
+    local scores = gone < #ARGV - 3 and redis.call('ZMSCORE', order, unpack(ids))
+    for each, id in ipairs(ids) do
+        local pending = not scores or scores[each]
+        answer[#answer + 1] = pending and 1 or 0
+        if pending and not seen[id] then
             seen[id] = true
             found[#found + 1] = id
         end
     end
 end
 if #found > 0 then
-    remove(log, order, found)
+    for from = 1, #found, 1000 do
+        redis.call('ZREM', order, unpack(found, from, math.min(from + 999, #found)))
+    end
     if ARGV[3] == '1' and redis.call('HEXISTS', log, 'c') == 1
         and redis.call('HEXISTS', log, 'n') == 0 then
         redis.call('HDEL', log, 'c', 'f', 'l')

@@ -158,18 +158,18 @@ class RedisAckLedger:
         convert: Callable[[list[int]], Any],
     ) -> asyncio.Future[Any]:
         self._send_expected()
-        keys = [self._keys.stats, self._keys.times]
-        for id in ids:
-            name = member(tenant, id)
-            keys += (self._keys.record + name, self._keys.pending + name)
+        keys = self._keys
         args = (
             microseconds(self._clock),
             how,
             f"u{user_id}",
             ACK_TIME_SAMPLES,
             self._keep,
+            keys.record,
+            keys.pending,
+            *[member(tenant, id) for id in ids],
         )
-        return self._redis.run(self._confirm, keys, args, convert)
+        return self._redis.run(self._confirm, (keys.stats, keys.times), args, convert)
 
     def report(self, tenant: str, notification_id: str) -> Awaitable[AckReport | None]:
         """See `AckLedger.report`."""
