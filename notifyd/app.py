@@ -231,7 +231,6 @@ class Notifyd(PublishingCalls):
             rate_limits=self._backends.rate_limits,
         )
         self._writes.on_returned = self._returned
-        self._writes.on_moved = self.lifecycle.look_again
         dispatcher = Dispatcher(
             self._registry,
             self._flusher,
@@ -379,8 +378,7 @@ class Notifyd(PublishingCalls):
         takes it."""
         if not notification.storable:
             return
-        expires_at = notification.expires_at
-        if expires_at is not None and expires_at <= self._clock():
+        if notification.is_over(self._clock()):
             self.metrics.queue_expired_total.inc()
         else:
             self.metrics.queue_dropped_total.inc()
@@ -395,11 +393,16 @@ class Notifyd(PublishingCalls):
     def _give_back(self, tenant: str, user_id: str, notification: Notification) -> None:
         """Another node was sent it and never said that it has it."""
         if not self._confirmations.was_confirmed(tenant, user_id, notification.id):
+            self._confirmations.goes_to_log(tenant, user_id, notification.id)
             self._writes.give_back(tenant, user_id, (notification,))
 
-    def _returned(self, tenant: str, user_id: str, *, before_live: bool = False) -> None:
-        """Something is in a user's log that his connections may be without."""
-        self.lifecycle.replay_again(tenant, user_id, before_live=before_live)
+    def _returned(
+        self, tenant: str, user_id: str, *, before_live: bool = False, here: bool = True
+    ) -> None:
+        """Something is in a user's log that his connections may be without; `here`: on this node
+        too."""
+        if here:
+            self.lifecycle.replay_again(tenant, user_id, before_live=before_live)
         if self.cluster is not None:
             self.cluster.replay(tenant, (user_id,), before_live=before_live)
 

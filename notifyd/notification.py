@@ -76,6 +76,10 @@ class Notification(msgspec.Struct, frozen=True, gc=False):
         """Unix seconds after which nobody gets it any more; None: never by its own ttl."""
         return None if self.ttl is None else self.occurred_at + self.ttl
 
+    def is_over(self, now: float) -> bool:
+        """Whether its own ttl is over at `now` (Unix seconds)."""
+        return self.ttl is not None and self.occurred_at + self.ttl <= now
+
     @property
     def storable(self) -> bool:
         """False for `ttl` 0: only who is connected now."""

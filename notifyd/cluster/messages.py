@@ -124,13 +124,17 @@ class Replay(Body, frozen=True):
     before_live: bool = False
 
 
+Uuid = Annotated[str, Meta(min_length=36, max_length=36)]
+"""As long as a UUID is, so that in a store it names nothing else."""
+
+
 class Settled(Body, frozen=True):
     """A device of the user confirmed these; `seq` above 0 asks which of them the node held."""
 
     seq: int
     tenant: str
     user: str
-    ids: tuple[str, ...]
+    ids: tuple[Uuid, ...]
 
 
 class Held(Body, frozen=True):

@@ -233,15 +233,15 @@ class Connection:
         self.unconfirmed[held.notification.id] = held
 
     def was_sent(self, notification_id: str) -> bool:
-        """Whether it took this, as far as is remembered, and no confirmation of it was answered."""
+        """Whether it took this, as far as is remembered: it holds it, or left it to the log."""
         unconfirmed, left = self.unconfirmed, self.left_to_log
         return bool(
             (unconfirmed and notification_id in unconfirmed) or (left and notification_id in left)
         )
 
     def leave_to_log(self, notification_id: str, since: float) -> None:
-        """Remember of what is held no longer that it was sent here at `since` (Unix seconds), and
-        that no confirmation of it was answered."""
+        """Remember of what is held no longer, though nothing was answered to this connection's ack,
+        that it was sent here at `since` (Unix seconds)."""
         left = self.left_to_log
         if left is None:
             left = self.left_to_log = {}

@@ -794,11 +794,6 @@ class Lifecycle:
         for connection in self.registry.tenant(tenant).of_user(user_id):
             self._replayer.again(connection, before_live=before_live)
 
-    def look_again(self, tenant: str, user_id: str) -> None:
-        """Something that all have got went to the log of a user, which may be read just now."""
-        for connection in self.registry.tenant(tenant).of_user(user_id):
-            self._replayer.look_again(connection)
-
     # --- shutting down ---
 
     def reconnect_after(self) -> int:

@@ -37,7 +37,7 @@ READERS = 8
 keep the event loop for longer than these take."""
 
 LOOKS = 8
-"""So often a log that something goes to all the time is read, before what others hold is sent."""
+"""So often what is on its way to a log is waited for, before what others hold is sent."""
 
 _UNAVAILABLE = Page(())
 
@@ -196,12 +196,6 @@ class Replayer:
         self._again[connection] = True
         self._spawn(self._replay_again(connection))
 
-    def look_again(self, connection: Connection) -> None:
-        """Something went to the log that nobody holds any more: where the log is being read, it may
-        be in no page that was."""
-        if connection in self._again:
-            self._again[connection] = True
-
     def _begin(self, connection: Connection) -> None:
         self._again[connection] = False
         self._confirmations.replay_begins(connection)
@@ -272,11 +266,8 @@ class Replayer:
                 replayed += await self._send_what_was_on_its_way(connection)
                 identity = connection.identity
                 await self._writes.forget_confirmed((identity.tenant, identity.user_id))
-                if self._again[connection] and looks:
-                    # It was sent before what others hold.
+                if looks and self._has_something_on_its_way(connection):
                     looks -= 1
-                    self._again[connection] = False
-                    replayed += await self._send_pages(connection, None)
                     continue
                 others, all_sent = self._send_others(connection)
                 replayed += others
@@ -294,6 +285,11 @@ class Replayer:
             self._end(connection)
         self._confirmations.ask_replayed(connection)
         self._ask_patiently(connection)
+
+    def _has_something_on_its_way(self, connection: Connection) -> bool:
+        identity = connection.identity
+        on_its_way = self._writes.on_its_way(identity.tenant, identity.user_id)
+        return on_its_way is not None and connection not in self._without_store
 
     async def _send_what_was_on_its_way(self, connection: Connection) -> int:
         """What was handed back and is being stored may be in no page yet, and nobody holds it any

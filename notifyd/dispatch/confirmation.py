@@ -94,6 +94,8 @@ class Confirmations:
         self._stored = 0
         self._to_ask: dict[Connection, None] = {}
         self._settled_during_replay: dict[Connection, set[str]] = {}
+        # What others held that moved to the log meanwhile, by those who have not got it.
+        self._moved_during_replay: dict[Connection, dict[str, Held]] = {}
         # Asked for ASK_AT since the last tick.
         self._asked_early: set[Connection] = set()
         self._counter = count(1)
@@ -199,9 +201,9 @@ class Confirmations:
             )
 
     def share(self, held: Held, connection: Connection) -> None:
-        """A further connection of the same user took it, from what the others hold."""
+        """A further connection of the same user took it, from what the others hold or held."""
         if held.settled:
-            # Writing it closed the last of the others, so that it went to the log meanwhile.
+            # It moved to the log; or writing it closed the last of the others.
             self.hold_stored(held.notification, connection)
             return
         held.connections += (connection,)
@@ -271,7 +273,9 @@ class Confirmations:
 
     def hold_homeless(self, notification: Notification, connection: Connection) -> None:
         """A connection took what waited for a store that is away, and may have it or not."""
-        held = Held(notification, (connection,), self._clock(), in_log=True)
+        # It was sent before what is live meanwhile.
+        since = min(notification.occurred_at, self._clock())
+        held = Held(notification, (connection,), since, in_log=True)
         connection.hold(held)
         self._oldest_first.append(held)
         self.held += 1
@@ -283,19 +287,23 @@ class Confirmations:
         return self._registry.tenant(identity.tenant).of_user(identity.user_id) == (connection,)
 
     def held_by_others(self, connection: Connection) -> list[Held]:
-        """What the user's other connections hold that is not in his log, in order of delivery.
+        """What the user's other connections hold that is not in his log, or held when this one's
+        replay began and that moved there since, in order of delivery.
 
         Without what was for those connected then, and what is over its ttl.
         """
         identity = connection.identity
         now = self._clock()
-        found: dict[str, Held] = {}
+        found: dict[str, Held] = {
+            id: held
+            for id, held in self._moved_during_replay.get(connection, {}).items()
+            if not held.notification.is_over(now)
+        }
         for other in self._registry.tenant(identity.tenant).of_user(identity.user_id):
             if other is not connection and other.unconfirmed is not None:
                 for id, held in tuple(other.unconfirmed.items()):
-                    expires_at = held.notification.expires_at
-                    late = expires_at is not None and expires_at <= now
-                    if not held.stored and held.notification.storable and not late:
+                    notification = held.notification
+                    if not (held.stored or notification.is_over(now)) and notification.storable:
                         found.setdefault(id, other.held_alone(id))
         return sorted(found.values(), key=lambda held: held.since)
 
@@ -316,16 +324,33 @@ class Confirmations:
 
     def _move_to_log(self, held: Held) -> None:
         identity = held.connections[0].identity
+        if self._settled_during_replay and held.notification.storable:
+            self._note_moved(identity, held)
         self._leave_to_log(held)
         self._writes.give_back(
             identity.tenant, identity.user_id, (held.notification,), replay=False
         )
+
+    def _note_moved(self, identity: Identity, held: Held) -> None:
+        """Whose replay is under way may have asked for the last page already, and will find that
+        nobody holds it."""
+        id = held.notification.id
+        for connection in self._registry.tenant(identity.tenant).of_user(identity.user_id):
+            if self.is_replaying(connection) and not connection.was_sent(id):
+                self._moved_during_replay.setdefault(connection, {})[id] = held
 
     def _leave_to_log(self, held: Held) -> None:
         """Hold it no more, though it is not confirmed: its connections have got it all the same."""
         for connection in held.connections:
             connection.leave_to_log(held.notification.id, held.since)
         self._let_go(held)
+
+    def goes_to_log(self, tenant: str, user_id: str, id: str) -> None:
+        """What connections here may hold is about to be stored all the same: confirmed, it is to be
+        settled there."""
+        for connection in self._registry.tenant(tenant).of_user(user_id):
+            if connection.unconfirmed and id in connection.unconfirmed:
+                connection.held_alone(id).in_log = True
 
     # --- what other nodes hold of the same ---
 
@@ -434,6 +459,8 @@ class Confirmations:
         if not returned:
             self._forget_settled()
             return
+        # A replay brings what was sent before what it took meanwhile.
+        returned.sort(key=lambda held: held.since)
         # What others hold of before goes to the log between these, or who connects later would get
         # it out of its order.
         last = returned[-1].since
@@ -458,13 +485,15 @@ class Confirmations:
         """
         connections = self._registry.tenant(tenant).of_user(user_id)
         had = {id: [each for each in connections if each.was_sent(id)] for id in ids}
-        here = frozenset(id for id, by_whom in had.items() if by_whom)
+        here = frozenset([id for id, by_whom in had.items() if by_whom])
         held = {id: self._settle_here(connections, id) for id in ids}
         elsewhere = self._settle_elsewhere(tenant, user_id, held)
         # What goes back to the log just now would be in it again after it was settled.
         returning = self._writes.confirmed(tenant, user_id, ids)
         in_log = [id for id, found in held.items() if found is None or found.in_log]
         self._note_settled(connections, in_log)
+        # What the client has been sent for sure, as far as is known.
+        known = set(here | returning)
 
         def settle() -> Eventually[AckAnswer]:
             settled: Eventually[frozenset[str]] = frozenset()
@@ -474,7 +503,8 @@ class Confirmations:
             return then(and_then(settled, after_settling), answer)
 
         def after_settling(in_store: frozenset[str]) -> Eventually[frozenset[str]]:
-            found = in_store | here | returning
+            known.update(in_store)
+            found = frozenset(known)
             if elsewhere is None:
                 return in_ledger(found)
             return with_elsewhere(elsewhere, found)
@@ -496,8 +526,10 @@ class Confirmations:
                     return frozenset()
                 raise error
 
-            known = rescue(lambda: ledger.acknowledge(tenant, user_id, list(held)), without_ledger)
-            return then(known, found.union)
+            expected = rescue(
+                lambda: ledger.acknowledge(tenant, user_id, list(held)), without_ledger
+            )
+            return then(expected, found.union)
 
         def answer(found: frozenset[str]) -> AckAnswer:
             for id in here:
@@ -510,8 +542,8 @@ class Confirmations:
             # They are not held any more, and maybe in no store: these connections are not to get
             # them again, and are to be acked when they ask again.
             now = self._clock()
-            for id in here:
-                for connection in had[id]:
+            for id in known:
+                for connection in had[id] or ((by,) if by is not None else connections):
                     if connection.state is State.OPEN:
                         connection.leave_to_log(id, now)
             raise error
@@ -683,6 +715,7 @@ class Confirmations:
     def replay_ends(self, connection: Connection) -> None:
         """No page is under way any more."""
         del self._settled_during_replay[connection]
+        self._moved_during_replay.pop(connection, None)
 
     def is_replaying(self, connection: Connection) -> bool:
         """Whether pages of the log are on their way to a connection."""

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from time import perf_counter
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from notifyd.cluster.messages import UserOutcome
 from notifyd.cluster.router import (
@@ -43,7 +43,7 @@ from notifyd.dispatch.targets import (
     resolve,
 )
 from notifyd.errors import Unavailable
-from notifyd.eventually import Eventually, and_then, is_awaitable, rescue, then
+from notifyd.eventually import Eventually, and_then, is_awaitable, rescue, settled, then
 from notifyd.metrics import Metrics
 from notifyd.notification import (
     MAX_NOTIFICATION_BYTES,
@@ -55,6 +55,8 @@ from notifyd.notification import (
 )
 from notifyd.queue.base import AckLedger, Rejection, UserLogs
 from notifyd.wire import Message, notification_message
+
+T = TypeVar("T")
 
 _BY_ONE = RecipientResult(Outcome.DELIVERED, 1)
 
@@ -222,8 +224,7 @@ class Dispatcher:
         message: Message | None = None
         if len(memoryview(notification.payload)) > _SURELY_SMALL:
             message = notification_message(notification)
-        expires_at = notification.expires_at
-        if notification.storable and expires_at is not None and expires_at <= self._clock():
+        if notification.ttl and notification.is_over(self._clock()):
             return Receipt(notification.id, Outcome.EXPIRED)
         tenant = self._registry.tenant(tenant_name)
         if target.type == "user":
@@ -532,11 +533,14 @@ class Dispatcher:
     def _enqueue(
         self, logs: UserLogs, tenant_name: str, user_ids: Sequence[str], notification: Notification
     ) -> Eventually[Sequence[Rejection | None]]:
-        self._writes.go_before(tenant_name, user_ids)
-        return then(
-            logs.enqueue(tenant_name, user_ids, notification),
-            lambda rejections: self._enqueued(tenant_name, user_ids, notification, rejections),
-        )
+        def enqueue() -> Eventually[Sequence[Rejection | None]]:
+            return then(
+                logs.enqueue(tenant_name, user_ids, notification),
+                lambda rejections: self._enqueued(tenant_name, user_ids, notification, rejections),
+            )
+
+        ahead = self._writes.go_before(tenant_name, user_ids)
+        return enqueue() if ahead is None else _behind(ahead, enqueue)
 
     def _enqueued(
         self,
@@ -591,7 +595,23 @@ class Dispatcher:
 
         Who connects meanwhile, or is replayed to, gets it from his log, in its order there.
         """
-        self._writes.go_before(tenant_name, user_ids)
+        if (ahead := self._writes.go_before(tenant_name, user_ids)) is not None:
+            return _behind(
+                ahead,
+                lambda: self._store_then_send_now(
+                    tenant_name, user_ids, notification, exclude, receipt
+                ),
+            )
+        return self._store_then_send_now(tenant_name, user_ids, notification, exclude, receipt)
+
+    def _store_then_send_now(
+        self,
+        tenant_name: str,
+        user_ids: Sequence[str],
+        notification: Notification,
+        exclude: str | None,
+        receipt: Callable[[str, dict[str, RecipientResult]], Receipt],
+    ) -> Eventually[Receipt]:
         message = notification_message(notification)
         tenant = self._registry.tenant(tenant_name)
         results: dict[str, RecipientResult] = {}
@@ -681,9 +701,15 @@ class Dispatcher:
     ) -> Eventually[Receipt]:
         """`_store_then_send` for one user of the only node, all of whose connections may receive:
         by far the most common case."""
+        if (ahead := self._writes.go_before(tenant_name, (user_id,))) is not None:
+            return _behind(
+                ahead,
+                lambda: self._store_then_send_now(
+                    tenant_name, (user_id,), notification, None, receipt_of_one
+                ),
+            )
         logs = self._logs
         assert logs is not None  # noqa: S101  # for the type checker
-        self._writes.go_before(tenant_name, (user_id,))
         message = notification_message(notification)
         tenant = self._registry.tenant(tenant_name)
         is_replaying = self._confirmations.is_replaying
@@ -854,6 +880,7 @@ class Dispatcher:
 
         def sent(users: Sequence[str], found: FoundElsewhere) -> None:
             nonlocal missing
+            untold = []
             for user_id in users:
                 there = UNKNOWN if found is None else found.get(user_id, NOWHERE)
                 if there.nodes and results[user_id].outcome is Outcome.DELIVERED:
@@ -864,6 +891,11 @@ class Dispatcher:
                     # There is nobody but who was left out.
                     self._writes.settle(tenant_name, user_id, (notification.id,))
                     results[user_id] = RecipientResult(Outcome.FILTERED)
+                if users is stored and not there.known:
+                    untold.append(user_id)
+            if untold:
+                # Whoever has one of them is told when Redis is back for this node.
+                cluster.replay(tenant_name, untold, before_live=True)
             missing -= 1
             if not missing:
                 _resolve(receipt, finished)
@@ -993,6 +1025,11 @@ def _admitted(
             if connection.id == exclude:
                 connection.leave_out(notification.id)
     return admitted(connections, notification.audience, exclude)
+
+
+async def _behind(ahead: Awaitable[None], work: Callable[[], Eventually[T]]) -> T:
+    await ahead
+    return await settled(work())
 
 
 def _resolve(receipt: asyncio.Future[Receipt], work: Callable[[], Eventually[Receipt]]) -> None:

@@ -33,17 +33,22 @@ USERS_PER_QUESTION = 100
 
 class OnReturned(Protocol):
     """Told when something is in the log of a user who may be connected. `before_live`: he gets what
-    is sent to him from now on behind it."""
+    is sent to him from now on behind it. `here`: his connections on this node may be without it as
+    well as those on others."""
 
-    def __call__(self, tenant: str, user_id: str, *, before_live: bool = False) -> None: ...
+    def __call__(
+        self, tenant: str, user_id: str, *, before_live: bool = False, here: bool = True
+    ) -> None: ...
 
 
-def _nobody_told(tenant: str, user_id: str, *, before_live: bool = False) -> None:
+def _nobody_told(
+    tenant: str, user_id: str, *, before_live: bool = False, here: bool = True
+) -> None:
     """Where nobody can be connected."""
 
 
-def _nobody_reading(tenant: str, user_id: str) -> None:
-    """The same."""
+async def _ended(tasks: Iterable[asyncio.Task[None]]) -> None:
+    await asyncio.wait(tasks)
 
 
 def _forget_frames(error: Unavailable) -> None:
@@ -56,8 +61,7 @@ class StoreWrites:
     """Hands back to logs and settles in them. `logs` or `ledger` is None where it is switched off.
 
     At most `max_waiting` notifications wait for a store that is away; the oldest are given up first
-    and told to `on_lost`. `on_returned` is told when something is in the log again, `on_moved` when
-    it is something that his connections have got, but for those whose replay is under way,
+    and told to `on_lost`. `on_returned` is told when something is in the log again,
     `on_unavailable(error)` when a note to the ledger is lost; `is_away` says whether the logs'
     store is known to be. `settle_confirmed(waiting)`, in a cluster, settles what of it was
     confirmed on other nodes: a store that did not answer may have taken it all the same, and they
@@ -87,7 +91,6 @@ class StoreWrites:
         self._on_unavailable = on_unavailable
         self._is_away = is_away
         self.on_returned: OnReturned = _nobody_told
-        self.on_moved: Callable[[str, str], None] = _nobody_reading
         # What the store refused or did not answer for, or what waits for its turn, and what is on
         # its way there. Of one user, nothing sets out while something is on its way: where that
         # fails, what is behind it must not come before it.
@@ -115,11 +118,12 @@ class StoreWrites:
     ) -> None:
         """Store these for a user, in order; those that nothing may keep are lost.
 
-        `replay`: where he is connected, he has not got them yet.
+        `replay`: where he is connected to this node, he has not got them yet.
         """
         kept = []
+        now = self._clock()
         for notification in notifications:
-            if self._logs is None or not notification.storable or self._is_over(notification):
+            if self._logs is None or not notification.storable or notification.is_over(now):
                 self._on_lost(notification)
             else:
                 kept.append(notification)
@@ -133,10 +137,6 @@ class StoreWrites:
         # Behind what waits already, or it would come before it.
         waiting = self.take_homeless(tenant, user_id)
         self._store(self._logs, key, [*waiting, *kept], replay=replay or bool(waiting))
-
-    def _is_over(self, notification: Notification) -> bool:
-        expires_at = notification.expires_at
-        return expires_at is not None and expires_at <= self._clock()
 
     def _store(
         self, logs: UserLogs, key: UserKey, notifications: Sequence[Notification], *, replay: bool
@@ -158,7 +158,7 @@ class StoreWrites:
             else:
                 returned |= self._stored(key, notification, answer[0])
         if returned:
-            self._tell_returned(key, replay=replay)
+            self.on_returned(tenant, user_id, here=replay)
         if later:
             self._storing[key] = {notification.id: notification for notification, _ in later}
             self._on_their_way += len(later)
@@ -190,19 +190,14 @@ class StoreWrites:
         finally:
             del self._storing[key], self._storing_tasks[key]
             self._on_their_way -= len(answers)
+            # A fault of ours that ended it does not lose the rest.
+            if left := [*failed, *storing.values()]:
+                # Before what came behind it meanwhile; and `retry` asks first what became of it.
+                self._keep_homeless(key, [*left, *self.take_homeless(*key)])
+                self._in_line.pop(key, None)
         if returned:
-            self._tell_returned(key, replay=replay)
-        if failed:
-            # Before what came behind it meanwhile; and `retry` asks first what became of it.
-            self._keep_homeless(key, [*failed, *self.take_homeless(*key)])
-            self._in_line.pop(key, None)
+            self.on_returned(*key, here=replay)
         self._let_the_next_go()
-
-    def _tell_returned(self, key: UserKey, *, replay: bool) -> None:
-        if replay:
-            self.on_returned(*key)
-        else:
-            self.on_moved(*key)
 
     def _let_the_next_go(self) -> None:
         """Store what waited for its turn, until that fails; then `retry` does."""
@@ -219,23 +214,30 @@ class StoreWrites:
                 break
         self._in_line.update(dict.fromkeys(later))
 
-    def go_before(self, tenant: str, users: Sequence[str]) -> None:
+    def go_before(self, tenant: str, users: Sequence[str]) -> Awaitable[None] | None:
         """Something is about to be stored for these: what waits goes first, for it was sent before
         that. In a cluster, or while the store is away, only what waits for nothing but its turn: of
         what a store did not answer for, other nodes may know that it was confirmed, and `retry`
         asks them first.
+
+        Where something waits behind what is on its way, that is to be awaited; cancelling it stops
+        nothing.
         """
         if not self._in_line and not self._homeless:
-            return
+            return None
+        ahead: list[asyncio.Task[None]] = []
         for user_id in users:
             key = (tenant, user_id)
             if key in self._storing:
+                if key in self._in_line:
+                    ahead.append(self._storing_tasks[key])
                 continue
             if key in self._in_line:
                 del self._in_line[key]
                 self._store_waiting(key)
             elif key in self._homeless and self.settle_confirmed is None and not self._is_away():
                 self._store_waiting(key)
+        return _ended(ahead) if ahead else None
 
     def _store_waiting(self, key: UserKey) -> None:
         notifications = self.take_homeless(*key)
@@ -282,7 +284,7 @@ class StoreWrites:
     def homeless(self, tenant: str, user_id: str) -> list[Notification]:
         """What waits for a store that is away, in order."""
         waiting = self._homeless.get((tenant, user_id), {})
-        return [each for each in waiting.values() if not self._is_over(each)]
+        return [each for each in waiting.values() if not each.is_over(self._clock())]
 
     def taken(self, tenant: str, user_id: str, id: str) -> None:
         """Whoever takes one of these has to hold it; it waits here no more."""
@@ -294,7 +296,7 @@ class StoreWrites:
         self._waiting -= len(waiting)
         taken = []
         for notification in waiting.values():
-            if self._is_over(notification):
+            if notification.is_over(self._clock()):
                 self._on_lost(notification)
             else:
                 taken.append(notification)

@@ -522,10 +522,12 @@ async def test_what_one_device_confirmed_does_not_come_back_from_a_silent_node(
     assert (await nodes[2].get("/stats")).json()["queue"]["total_messages"] == 0
 
 
+@pytest.mark.parametrize("mode", ["offline", "always"])
 @pytest.mark.parametrize("users", [["anna"], ["anna", "ben"]])
 async def test_what_a_node_queued_while_redis_was_away_for_it_alone_is_told_later(
-    nodes: list[Host], monkeypatch: pytest.MonkeyPatch, users: list[str]
+    start_nodes: StartNodes, monkeypatch: pytest.MonkeyPatch, users: list[str], mode: str
 ) -> None:
+    nodes = await start_nodes(2, queue={"mode": mode})
     anna = await nodes[1].websocket("anna")
     await anna.nothing_came()
     cluster = cluster_of(nodes[0])

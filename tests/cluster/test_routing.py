@@ -210,6 +210,54 @@ async def test_a_handed_back_one_comes_not_twice_to_who_has_it(nodes: list[Host]
     await third.nothing_came()
 
 
+async def test_what_a_device_holds_no_longer_comes_to_the_one_on_another_node(
+    start_nodes: StartNodes,
+) -> None:
+    """Beyond `ack.max_pending` it is in the log alone, so that no end of the first would tell."""
+    nodes = await start_nodes(2, ack={"max_pending": 1})
+    first = await nodes[0].websocket("anna", query="acks=1")
+    ids = [(await nodes[0].publish(user("anna")))["notification_id"]]
+    second = await nodes[1].websocket("anna", query="acks=1")
+    await second.nothing_came()
+    ids.append((await nodes[0].publish(user("anna")))["notification_id"])
+    assert [each["id"] for each in await first.notifications(2)] == ids
+    got = await second.notifications(2)
+    assert {each["id"]: each["metadata"].get("replayed", False) for each in got} == {
+        ids[0]: True,
+        ids[1]: False,
+    }
+
+
+async def test_what_is_stored_though_a_device_here_has_it_is_settled_with_its_ack(
+    start_nodes: StartNodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other node was sent it, and never said that it has it."""
+    monkeypatch.setattr("notifyd.cluster.bus.AFTER_SECONDS", 0.1)
+    nodes = await start_nodes(2)
+    here = await nodes[0].websocket("anna", query="acks=1")
+    await nodes[1].websocket("anna", query="acks=1")
+    with monkeypatch.context() as lost:
+        lost.setattr(
+            cluster_of(nodes[1]).receiver, "take_for_users", lambda *a, **how: [("nobody", 0)]
+        )
+        lost.setattr(cluster_of(nodes[1]).bus, "to_node", lambda node, body: None)
+        id = (await nodes[0].publish(user("anna")))["notification_id"]
+        await here.expect("notification")
+        # No page brings it here before the ack.
+        lost.setattr(nodes[0].notifyd, "_returned", lambda *a, **how: None)
+        logs = nodes[0].notifyd._logs
+        assert logs is not None
+
+        async def stored() -> bool:
+            depth: int = (await nodes[0].get("/stats")).json()["queue"]["total_messages"]
+            return depth == 1
+
+        while not await stored():
+            pass
+        assert (await here.ack(id))["type"] == "acked"
+    assert (await nodes[0].get("/stats")).json()["queue"]["total_messages"] == 0
+
+
 async def test_connecting_and_enqueuing_race_and_nothing_is_lost(nodes: list[Host]) -> None:
     async def connect_and_read(number: int) -> None:
         listener = await nodes[number % 3].websocket(f"u{number}")

@@ -61,6 +61,10 @@ LEDGER_STEPS = st.one_of(
         st.lists(st.sampled_from(USERS), min_size=1, unique=True),
         st.booleans(),
     ),
+    st.tuples(
+        st.just("expect_each"),
+        st.lists(st.tuples(st.integers(0, 8), st.sampled_from(USERS)), unique=True, max_size=6),
+    ),
     st.tuples(st.just("anyone"), st.integers(4, 7)),
     st.tuples(
         st.sampled_from(["acknowledge", "confirm"]),
@@ -122,6 +126,9 @@ async def do_to_ledger(ledger: AckLedger, step: Any) -> object:
     match step:
         case ("expect", number, users, queued):
             await settled(ledger.expect("acme", ID.format(number), users, queued=queued))
+        case ("expect_each", sent):
+            each = [(ID.format(number), user) for number, user in sent]
+            await settled(ledger.expect_each("acme", each))
         case ("anyone", number):
             await settled(ledger.expect_anyone("acme", ID.format(number)))
         case ("acknowledge", user, numbers):

@@ -367,8 +367,7 @@ class World:
             if ratelimit is None
             else RateLimits(Rates(ratelimit, AuthSettings()), self._limit, self.metrics),
         )
-        self.writes.on_returned = self.lifecycle.replay_again
-        self.writes.on_moved = self.lifecycle.look_again
+        self.writes.on_returned = self._returned
         self.dispatcher = Dispatcher(
             self.registry,
             self.flusher,
@@ -382,6 +381,12 @@ class World:
         )
         self.flusher.start(self.loop)
         self.heartbeat.start(self.loop)
+
+    def _returned(
+        self, tenant: str, user_id: str, *, before_live: bool = False, here: bool = True
+    ) -> None:
+        if here:
+            self.lifecycle.replay_again(tenant, user_id, before_live=before_live)
 
     def _too_slow(self, outbox: Outbox) -> None:
         self.lifecycle.too_slow(outbox)

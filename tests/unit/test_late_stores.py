@@ -11,7 +11,7 @@ from notifyd.eventually import Eventually
 from notifyd.notification import Receipt, Target
 from notifyd.queue.base import Page, Rejection
 from notifyd.queue.memory import MemoryUserLogs
-from tests.unit.connected import NOW, Connected, World
+from tests.unit.connected import NOW, Connected, World, a_notification
 
 T = TypeVar("T")
 
@@ -41,6 +41,10 @@ class LateLogs:
         self._waiting.remove(found)
         found[1]()
         await turns()
+
+    def is_asked(self, name: str) -> bool:
+        """Whether a call of this method waits for its answer."""
+        return any(waiting == name for waiting, _ in self._waiting)
 
     async def answer_all(self) -> None:
         """Answer everything, in order, until nothing is asked."""
@@ -82,8 +86,8 @@ class Late:
         loop = asyncio.get_running_loop()
         self.world = World(logs=self.logs, store_first=store_first, loop=loop, **options)
 
-    def send(self, **options: Any) -> asyncio.Future[Receipt]:
-        receipt = self.world.dispatch("u1", **options)
+    def send(self, to: str | Target = "u1", **options: Any) -> asyncio.Future[Receipt]:
+        receipt = self.world.dispatch(to, **options)
         if isinstance(receipt, Receipt):
             answered: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
             answered.set_result(receipt)
@@ -104,6 +108,13 @@ class Late:
         await self.logs.answer_all()
         client.read()
         return client
+
+    async def replayed(self) -> list[str]:
+        """What a new device gets."""
+        client = self.world.connect("u1", acks=True)
+        await turns()
+        await self.logs.answer_all()
+        return client.read_notifications()
 
 
 async def test_what_was_queued_during_the_connecting_comes_before_what_is_sent_next() -> None:
@@ -249,6 +260,88 @@ async def test_the_senders_own_connection_is_not_replayed_to() -> None:
     id = await late.sent(exclude_connection=client.id)
     assert other.read_notifications() == [id]
     assert client.read_notifications() == []
+
+
+async def test_what_moves_while_what_moved_before_is_looked_for_comes_too() -> None:
+    late = Late(max_pending=2)
+    other = await late.connected(acks=True)
+    ids = [(await late.send()).notification_id for _ in range(2)]
+    device = late.world.connect("u1", acks=True)
+    await turns()
+    ids.append((await late.send()).notification_id)
+    await late.logs.answer("read")
+    await late.logs.answer("enqueue")
+    ids.append((await late.send()).notification_id)
+    await late.logs.answer_all()
+    for client in (other, device):
+        messages = client.read()
+        assert [each["id"] for each in messages if each["type"] == "notification"] == ids
+
+
+async def test_a_replay_ends_though_something_moves_to_the_log_all_the_time() -> None:
+    late = Late(max_pending=1)
+    other = await late.connected(acks=True)
+    ids = [(await late.send()).notification_id]
+    device = late.world.connect("u1", acks=True)
+    for _ in range(40):
+        ids.append((await late.send()).notification_id)
+        await turns()
+        await late.logs.answer("enqueue")
+        if late.logs.is_asked("read"):
+            await late.logs.answer("read")
+    assert not device.connection.outbox.holds_back
+    for client in (other, device):
+        messages = client.read()
+        assert [each["id"] for each in messages if each["type"] == "notification"] == ids
+
+
+async def test_what_a_replay_brought_goes_back_before_what_came_live_meanwhile() -> None:
+    late = Late()
+    other = await late.connected(acks=True)
+    ids = []
+    for _ in range(2):
+        ids.append(await late.sent())
+        late.world.clock.now += 1
+    device = late.world.connect("u1", acks=True)
+    await turns()
+    ids.append((await late.send()).notification_id)
+    await late.logs.answer_all()
+    assert device.read_notifications() == ids
+    other.lose()
+    device.lose()
+    await late.logs.answer_all()
+    again = await late.replayed()
+    assert again == ids
+
+
+async def test_what_is_queued_waits_for_what_is_in_line_before_it() -> None:
+    """It stands behind something of the same user that is on its way to the log."""
+    late = Late(max_pending=1)
+    client = await late.connected(acks=True)
+    ids = [(await late.send()).notification_id for _ in range(2)]
+    client.lose()
+    queued = late.send()
+    await turns()
+    await late.logs.answer_all()
+    assert (await queued).queued == 1
+    ids.append((await queued).notification_id)
+    assert await late.replayed() == ids
+
+
+async def test_stored_first_it_waits_for_what_is_in_line_before_it() -> None:
+    late = Late(store_first=True)
+    ids = []
+    for _ in range(3):
+        notification = a_notification()
+        ids.append(notification.id)
+        # As what another node was sent, and did not say that it has it.
+        late.world.writes.give_back("default", "u1", (notification,))
+    sent = [late.send(), late.send(to=Target("users", ("u1", "u2")))]
+    await turns()
+    await late.logs.answer_all()
+    assert [each.queued for each in await asyncio.gather(*sent)] == [1, 2]
+    ids += [each.notification_id for each in await asyncio.gather(*sent)]
+    assert await late.replayed() == ids
 
 
 async def test_what_moves_to_the_log_after_the_page_was_asked_for_comes_in_its_order() -> None:

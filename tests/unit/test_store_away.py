@@ -119,6 +119,50 @@ class TestAcks:
         assert [each["type"] for each in client.read()] == ["acked"]
         assert world.pending() == []
 
+    @pytest.mark.parametrize("how", ["down", "failing"])
+    @pytest.mark.parametrize("sent_here", [True, False])
+    async def test_what_neither_store_knows_is_acked_when_it_is_asked_again(
+        self, how: str, sent_here: bool
+    ) -> None:
+        """A device that died held it while both were away; it waits for them, or was sent on."""
+        world = Away()
+        dying = await world.online(acks=True)
+        world.store.state = world.accounts.state = how
+        id = (await world.sent("u1")).notification_id
+        dying.lose()
+        await world.tasks_done()
+        client = world.connect(acks=True)
+        if sent_here:
+            await world.tasks_done()
+            assert client.read_notifications() == [id]
+        for _ in range(2):
+            client.say("Ack", notification_id=id)
+            await world.tasks_done()
+            assert client.read()[-1]["code"] == "UNAVAILABLE"
+        world.store.state = world.accounts.state = "up"
+        client.say("Ack", notification_id=id)
+        await world.tasks_done()
+        assert client.read_types() == ["acked"]
+        await world.writes.retry()
+        await world.tasks_done()
+        assert (world.pending(), client.read()) == ([], [])
+
+    async def test_what_was_settled_before_the_ledger_failed_is_acked_again(self) -> None:
+        world = Away()
+        id = (await world.sent("u1")).notification_id
+        client = world.connect(acks=True)
+        # The account of it is lost too.
+        world.accounts.behind = World().ledger
+        world.accounts.state = "down"
+        client.say("Ack", notification_ids=[id, new_uuid()])
+        await world.tasks_done()
+        assert "UNAVAILABLE" in [each.get("code") for each in client.read()]
+        assert world.pending() == []
+        world.accounts.state = "up"
+        client.say("Ack", notification_id=id)
+        await world.tasks_done()
+        assert client.read_types() == ["acked"]
+
 
 class TestOffline:
     """`queue.mode = "offline"`."""

@@ -123,6 +123,7 @@ class Writes:
         self.ledger = Ledger()
         self.lost: list[str] = []
         self.returned: list[tuple[str, str]] = []
+        self.returned_elsewhere: list[tuple[str, str]] = []
         self.unavailable: list[Unavailable] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.writes = StoreWrites(
@@ -135,9 +136,12 @@ class Writes:
             on_unavailable=self.unavailable.append,
             is_away=lambda: self.is_away,
         )
-        self.writes.on_returned = lambda tenant, user_id, **how: self.returned.append(
-            (tenant, user_id)
-        )
+        self.writes.on_returned = self._returned
+
+    def _returned(
+        self, tenant: str, user_id: str, *, before_live: bool = False, here: bool = True
+    ) -> None:
+        (self.returned if here else self.returned_elsewhere).append((tenant, user_id))
 
     def give_back(self, *notifications: Notification, user_id: str = "ann") -> None:
         self.writes.give_back("acme", user_id, notifications)
@@ -236,10 +240,27 @@ class TestGivingBack:
         writes.give_back(one)
         assert (writes.lost, writes.returned, writes.ledger.expected) == ([one.id], [], [])
 
-    def test_where_he_has_it_already_nobody_is_told(self) -> None:
+    async def test_a_fault_of_ours_while_it_is_stored_loses_nothing(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        writes = Writes()
+        three = some(3)
+
+        answers: list[asyncio.Future[object]] = [asyncio.Future() for _ in three]
+        with monkeypatch.context() as fault:
+            fault.setattr(writes.logs, "enqueue", lambda *given, **how: answers.pop(0))
+            answers[0].set_exception(RuntimeError("a fault"))
+            writes.give_back(*three)
+            with pytest.raises(RuntimeError):
+                await asyncio.gather(*writes.writes._under_way)
+        assert writes.waiting() == ids(three)
+        await writes.writes.retry()
+        assert writes.logs.stored == {ANN: ids(three)}
+
+    def test_where_he_has_it_already_only_others_are_told(self) -> None:
         writes = Writes()
         writes.writes.give_back("acme", "ann", some(1), replay=False)
-        assert writes.returned == []
+        assert (writes.returned, writes.returned_elsewhere) == ([], [ANN])
 
     def test_what_waited_before_it_he_may_be_without(self) -> None:
         writes = Writes()

@@ -52,7 +52,7 @@ local function confirm(member)
     end
     redis.call('HSET', record, user, confirmed_now)
     if how == 'a' then
-        return acked(since or redis.call('HGET', record, 's'))
+        return acked(since or redis.call('HGET', record, 's') or now)
     end
     return -1
 end
