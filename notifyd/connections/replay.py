@@ -413,8 +413,8 @@ class Replayer:
         self._metrics.queue_replayed_total.inc(len(notifications))
         if self._ledger is not None:
             identity = connection.identity
-            sent = [(notification.id, identity.user_id) for notification in notifications]
-            self._writes.note(self._ledger.expect_each, identity.tenant, sent)
+            ids = [notification.id for notification in notifications]
+            self._writes.note(self._ledger.resent, identity.tenant, identity.user_id, ids)
         return cursor, len(notifications)
 
     def _tell_overflow(self, connection: Connection, overflow: Overflow) -> None:

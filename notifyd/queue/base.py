@@ -142,6 +142,11 @@ class AckLedger(Protocol):
     def expect_each(self, tenant: str, sent: Sequence[tuple[str, str]]) -> Eventually[None]:
         """`expect` for many notifications that were sent to one user each: (notification, user)."""
 
+    def resent(self, tenant: str, user_id: str, ids: Sequence[str]) -> Eventually[None]:
+        """`expect` for what was queued for a user and was sent to him now. It may be noted a little
+        later, and only where he has not confirmed it by then.
+        """
+
     def expect_anyone(self, tenant: str, notification_id: str) -> Eventually[None]:
         """One bounded entry for a notification that nobody in particular must ack."""
 

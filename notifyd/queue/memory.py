@@ -374,6 +374,10 @@ class MemoryAckLedger:
         if self._size > self._max_pending:
             self._let_go_of_the_oldest()
 
+    def resent(self, tenant: str, user_id: str, ids: Sequence[str]) -> None:
+        """See `AckLedger.resent`."""
+        self.expect_each(tenant, [(id, user_id) for id in ids])
+
     def expect_anyone(self, tenant: str, notification_id: str) -> None:
         """See `AckLedger.expect_anyone`."""
         key = (tenant, notification_id)

@@ -309,8 +309,9 @@ class TestMany:
         assert await states(ledger, ids[649]) == {"ann": "confirmed"}
         assert await states(ledger, ids[650]) == {"ann": "pending"}
 
+    @pytest.mark.parametrize("way", ["expect_each", "resent", "confirmed before it is noted"])
     async def test_a_page_that_is_sent_again_may_hold_all_kinds(
-        self, backend: Backend, clock: Clock
+        self, backend: Backend, clock: Clock, way: str
     ) -> None:
         ledger = await backend.ledger()
         ids = [f"6f1de0fd-0000-4000-8000-{n:012d}" for n in range(9)]
@@ -330,19 +331,67 @@ class TestMany:
         await expect(ledger, sent, "ann")
         assert (await stats(ledger)).pending == 1
         clock.now += 2
-        await settled(ledger.expect_each("acme", [(id, "ann") for id in ids]))
-        assert (await stats(ledger)).pending == 7
-        for id in (*queued, unknown, sent, *ids[7:]):
-            assert await states(ledger, id) == {"ann": "pending"}
-        assert await states(ledger, anyones) == {}
-        assert await states(ledger, shared) == {"ann": "pending", "bob": "queued"}
-        assert await states(ledger, acked) == {"ann": "confirmed"}
+        if way == "expect_each":
+            noted = ledger.expect_each("acme", [(id, "ann") for id in ids])
+        else:
+            noted = ledger.resent("acme", "ann", ids)
+        if way != "confirmed before it is noted":
+            await stats(ledger)
+            await settled(noted)
+            assert (await stats(ledger)).pending == 7
+            for id in (*queued, unknown, sent, *ids[7:]):
+                assert await states(ledger, id) == {"ann": "pending"}
+            assert await states(ledger, anyones) == {}
+            assert await states(ledger, shared) == {"ann": "pending", "bob": "queued"}
+            assert await states(ledger, acked) == {"ann": "confirmed"}
         clock.now += 3
         assert await acknowledge(ledger, "ann", *ids) == set(ids)
         assert (await stats(ledger)).pending == 0
         # From when each was sent last; that of the one without recipients from the beginning.
         assert sorted(backend.told.acknowledged) == [0, 3, 3, 3, 3, 3, 3, 3, 5]
         assert await acknowledge(ledger, "bob", *ids) == {anyones, shared}
+        if way == "confirmed before it is noted":
+            await settled(noted)
+        assert (await stats(ledger)).pending == 0
+
+    async def test_what_was_sent_again_is_pending_though_nobody_asks(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann", queued=True)
+        await expect(ledger, SECOND, "ann", queued=True)
+        noted = ledger.resent("acme", "ann", [FIRST, SECOND])
+        await confirm(ledger, "ann", FIRST)
+        await settled(noted)
+        assert await states(ledger, FIRST) == {"ann": "confirmed"}
+        assert await states(ledger, SECOND) == {"ann": "pending"}
+        assert (await stats(ledger)).pending == 1
+
+    async def test_what_returned_to_the_queue_after_it_was_sent_again_is_queued(
+        self, backend: Backend
+    ) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann", queued=True)
+        noted = ledger.resent("acme", "ann", [FIRST])
+        await expect(ledger, FIRST, "ann", queued=True)
+        await settled(noted)
+        assert await states(ledger, FIRST) == {"ann": "queued"}
+        assert (await stats(ledger)).pending == 0
+
+    async def test_what_is_sent_again_beyond_the_bound_lets_go_of_the_oldest(
+        self, backend: Backend
+    ) -> None:
+        ledger = await backend.ledger(max_pending=8)
+        ids = [f"6f1de0fd-0000-4000-8000-{n:012d}" for n in range(10)]
+        noted = ledger.resent("acme", "ann", ids)
+        await confirm(ledger, "ann", *ids)
+        await settled(noted)
+        kept = [id for id in ids if await report(ledger, id) is not None]
+        assert 0 < len(kept) <= 8
+        assert kept == ids[-len(kept) :]
+        for id in kept:
+            assert await states(ledger, id) == {"ann": "confirmed"}
+        assert (await stats(ledger)).pending == 0
 
 
 class TestBounds:

@@ -61,10 +61,6 @@ LEDGER_STEPS = st.one_of(
         st.lists(st.sampled_from(USERS), min_size=1, unique=True),
         st.booleans(),
     ),
-    st.tuples(
-        st.just("expect_each"),
-        st.lists(st.tuples(st.integers(0, 8), st.sampled_from(USERS)), unique=True, max_size=6),
-    ),
     st.tuples(st.just("anyone"), st.integers(4, 7)),
     st.tuples(
         st.sampled_from(["acknowledge", "confirm"]),
@@ -74,6 +70,20 @@ LEDGER_STEPS = st.one_of(
     st.tuples(st.just("wait"), st.sampled_from([1, 10, 1000])),
     st.tuples(st.just("expire")),
     st.tuples(st.just("report"), st.integers(0, 8)),
+)
+WITHIN_BOUND_STEPS = st.one_of(
+    LEDGER_STEPS,
+    st.tuples(
+        st.just("expect_each"),
+        st.lists(st.tuples(st.integers(0, 8), st.sampled_from(USERS)), unique=True, max_size=6),
+    ),
+    st.tuples(
+        st.just("resent"),
+        st.sampled_from(USERS),
+        st.lists(st.integers(0, 8), unique=True, max_size=6),
+        st.sampled_from(["acknowledge", "confirm"]),
+        st.lists(st.integers(0, 8), unique=True),
+    ),
 )
 A_FEW = settings(
     max_examples=100,
@@ -129,6 +139,12 @@ async def do_to_ledger(ledger: AckLedger, step: Any) -> object:
         case ("expect_each", sent):
             each = [(ID.format(number), user) for number, user in sent]
             await settled(ledger.expect_each("acme", each))
+        case ("resent", user, again, how, numbers):
+            noted = ledger.resent("acme", user, [ID.format(number) for number in again])
+            answer = await do_to_ledger(ledger, (how, user, numbers))
+            await settled(ledger.stats())
+            await settled(noted)
+            return answer
         case ("anyone", number):
             await settled(ledger.expect_anyone("acme", ID.format(number)))
         case ("acknowledge", user, numbers):
@@ -238,11 +254,27 @@ async def check_what_stands_in_redis(backend: RedisBackend) -> None:
 @given(steps=st.lists(LEDGER_STEPS, max_size=40))
 @A_FEW
 async def test_ledger(store: Backend, steps: list[Any], request: pytest.FixtureRequest) -> None:
+    await compare_ledgers(store, steps, request, max_pending=9)
+
+
+@given(steps=st.lists(WITHIN_BOUND_STEPS, max_size=40))
+@A_FEW
+async def test_ledger_within_its_bound(
+    store: Backend, steps: list[Any], request: pytest.FixtureRequest
+) -> None:
+    """What is noted together, or later, lets go of others together, or later."""
+    await compare_ledgers(store, steps, request, max_pending=1000)
+
+
+async def compare_ledgers(
+    store: Backend, steps: list[Any], request: pytest.FixtureRequest, *, max_pending: int
+) -> None:
+    """Take the same steps in both; fails where they tell different things."""
     backend = await emptied(store)
     clock = backend.clock
     async with memory(clock, request.getfixturevalue) as model:
-        expected = await model.ledger(timeout_seconds=15, max_pending=9)
-        actual = await backend.ledger(timeout_seconds=15, max_pending=9)
+        expected = await model.ledger(timeout_seconds=15, max_pending=max_pending)
+        actual = await backend.ledger(timeout_seconds=15, max_pending=max_pending)
         assert isinstance(model, Memory)
         for step in [*steps, *[("report", number) for number in range(8)]]:
             # Who was sent first goes first; at one and the same time it may be either.

@@ -1,17 +1,22 @@
 -- Records that a user confirmed notifications, each once; an ack of his says more than the transport.
+-- What was sent to him again is expected first, as by expect.lua.
 --
--- KEYS: stats, times
--- ARGV: now or '', a (acked) | t (transport), u<user>, how many ack times are kept, keep (ms), what the
---       keys of records and of pendings begin with (made up here like in let_go), then the
---       notifications
--- Answer: for each notification -2 if he was not expected to, -1 if that was known, else how long it
---         took him
+-- KEYS: stats, order, due, times
+-- ARGV: now or '', timeout, keep (ms), max_pending, what the keys of records and of pendings begin
+--       with (made up here like in let_go), a (acked) | t (transport), u<user>, how many ack times
+--       are kept; then each notification, and how long ago it was sent again (microseconds), or ''
+-- Answer: how many were let go of without having confirmed; then for each notification -2 if he was
+--         not expected to, -1 if that was known, else how long it took him
 
-local stats, times = KEYS[1], KEYS[2]
-local now, how, user = time(ARGV[1]), ARGV[2], ARGV[3]
-local records, pendings = ARGV[6], ARGV[7]
+stats, order, due = unpack(KEYS)
+now, timeout, keep, max_size = time(ARGV[1]), tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+records, pendings = ARGV[5], ARGV[6]
+sent_now = string.format('p%.0f', now)
+local times, how, USER = KEYS[4], ARGV[7], 8
+local user = ARGV[USER]
 local confirmed_now = how .. string.format('%.0f', now)
-local answer, confirmed, acknowledged, total = {}, 0, 0, 0
+local answer, confirmed, acknowledged, total = {0}, 0, 0, 0
+local expected = false
 
 local function acked(since)
     local took = math.max(0, now - tonumber(since))
@@ -31,9 +36,14 @@ local function confirm_unexpected(record)
     return -2
 end
 
-local function confirm(member)
+local function confirm(member, ago)
     local record = records .. member
     local state = redis.call('HGET', record, user)
+    if not state and ago then
+        expected = true
+        expect('sent', member, USER, USER)
+        state = redis.call('HGET', record, user)
+    end
     if not state then
         return confirm_unexpected(record)
     end
@@ -42,12 +52,15 @@ local function confirm(member)
         return -1
     end
     local since
+    if ago and before ~= 't' then
+        since = now - ago
+    end
     if before == 'p' and #state > 1 then
-        since = string.sub(state, 2)
+        since = since or string.sub(state, 2)
         confirmed = confirmed + 1
     elseif before == 'p' then
         local pending = pendings .. member
-        since = how == 'a' and redis.call('ZSCORE', pending, user)
+        since = since or how == 'a' and redis.call('ZSCORE', pending, user)
         confirmed = confirmed + redis.call('ZREM', pending, user)
     end
     redis.call('HSET', record, user, confirmed_now)
@@ -57,14 +70,17 @@ local function confirm(member)
     return -1
 end
 
-for each = 8, #ARGV do
-    answer[#answer + 1] = confirm(ARGV[each])
+for each = 10, #ARGV, 2 do
+    answer[#answer + 1] = confirm(ARGV[each], tonumber(ARGV[each + 1]))
+end
+if expected then
+    answer[1] = account_for_expected()
 end
 count(stats, 'pending', -confirmed)
 if acknowledged > 0 then
     count(stats, 'acknowledged', acknowledged)
     count(stats, 'total', total)
-    redis.call('LTRIM', times, 0, ARGV[4] - 1)
-    redis.call('PEXPIRE', times, ARGV[5])
+    redis.call('LTRIM', times, 0, ARGV[9] - 1)
+    redis.call('PEXPIRE', times, keep)
 end
 return answer

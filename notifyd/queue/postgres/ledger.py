@@ -175,6 +175,10 @@ class PostgresAckLedger:
         """See `AckLedger.expect_each`. Raises Unavailable."""
         return self._expected(tenant, [(id, (user_id,)) for id, user_id in sent])
 
+    def resent(self, tenant: str, user_id: str, ids: Sequence[str]) -> Awaitable[None]:
+        """See `AckLedger.resent`. Raises Unavailable."""
+        return self._expected(tenant, [(id, (user_id,)) for id in ids])
+
     def expect_anyone(self, tenant: str, notification_id: str) -> Awaitable[None]:
         """See `AckLedger.expect_anyone`. Raises Unavailable."""
         return self._expected(tenant, [(notification_id, None)])

@@ -20,6 +20,9 @@ LEDGER_GRACE_SECONDS = 86_400
 
 ACK_TIME_SAMPLES = 1024
 RECIPIENTS_PER_CALL = 1000
+RESENT_SECONDS = 0.5
+"""So long after it was replayed, what was not confirmed is noted as sent: as a rule it is confirmed
+before, and one note does."""
 SWEPT_PER_CALL = 500
 
 _STATES: Mapping[str, Literal["queued", "pending", "expired"]] = {
@@ -60,8 +63,12 @@ class RedisAckLedger:
         self._clock = clock
         self._expecting: list[Word] = []
         self._expected: asyncio.Future[None]
-        self._expect = load_script("expect", "ledger")
-        self._confirm = load_script("confirm", "ledger")
+        # What was sent again and is not noted yet: to whom, by the notification, and when.
+        self._resent: dict[str, dict[str, float]] = {}
+        self._resent_noted: asyncio.Future[None] | None = None
+        self._resent_timer: asyncio.TimerHandle | None = None
+        self._expect = load_script("expect", "ledger", "expecting")
+        self._confirm = load_script("confirm", "ledger", "expecting")
         self._sweep = load_script("sweep", "ledger")
 
     def expect(
@@ -83,8 +90,45 @@ class RedisAckLedger:
             expected = self._expect_some(member(tenant, id), "sent", (user_id,))
         return _nothing() if expected is None else expected
 
+    def resent(self, tenant: str, user_id: str, ids: Sequence[str]) -> Awaitable[None]:
+        """See `AckLedger.resent`. What is confirmed within `RESENT_SECONDS` is noted with that."""
+        loop = asyncio.get_running_loop()
+        noted = self._resent_noted
+        if noted is None:
+            noted = self._resent_noted = loop.create_future()
+            noted.add_done_callback(retrieve)
+            self._resent_timer = loop.call_later(RESENT_SECONDS, self._expect_resent)
+        now = self._seconds()
+        for id in ids:
+            self._resent.setdefault(member(tenant, id), {})[user_id] = now
+        return noted
+
+    def _seconds(self) -> float:
+        clock = self._clock
+        return asyncio.get_running_loop().time() if clock is None else clock()
+
+    def _expect_resent(self) -> None:
+        """Expect what was sent again and is not confirmed yet; whoever waits for that is told."""
+        noted, self._resent_noted = self._resent_noted, None
+        if noted is None:
+            return
+        if self._resent_timer is not None:
+            self._resent_timer.cancel()
+        resent, self._resent = self._resent, {}
+        expected: asyncio.Future[None] | None = None
+        for name, users in resent.items():
+            if users:
+                expected = self._expect_some(name, "sent", tuple(users))
+        if expected is not None:
+            expected.add_done_callback(partial(_hand_on, noted))
+        elif not noted.done():
+            noted.set_result(None)
+
     def _expect_some(self, name: str, kind: str, recipients: Sequence[str]) -> asyncio.Future[None]:
         """All that one turn of the loop expects is one call, whose future all of them share."""
+        if self._resent and name in self._resent:
+            # In their order.
+            self._expect_resent()
         expecting = self._expecting
         if expecting and len(expecting) + len(recipients) > RECIPIENTS_PER_CALL:
             self._send_expected()
@@ -97,6 +141,11 @@ class RedisAckLedger:
         expecting += (kind, name, len(recipients))
         expecting += [f"u{user_id}" for user_id in recipients]
         return self._expected
+
+    def _send_all_expected(self) -> None:
+        """Before what tells of it all."""
+        self._expect_resent()
+        self._send_expected()
 
     def _send_expected(self) -> None:
         """Send what this turn expects; before anything else that is about it."""
@@ -137,7 +186,7 @@ class RedisAckLedger:
     ) -> Awaitable[frozenset[str]]:
         """See `AckLedger.acknowledge`."""
 
-        def known(answer: list[int]) -> frozenset[str]:
+        def known(answer: Sequence[int]) -> frozenset[str]:
             for took in answer:
                 if took >= 0:
                     self._on_acknowledged(took / 1_000_000)
@@ -155,25 +204,38 @@ class RedisAckLedger:
         user_id: str,
         ids: Sequence[str],
         how: Literal["a", "t"],
-        convert: Callable[[list[int]], Any],
+        convert: Callable[[Sequence[int]], Any],
     ) -> asyncio.Future[Any]:
         self._send_expected()
         keys = self._keys
-        args = (
+        words: list[Word] = [
             microseconds(self._clock),
+            self._timeout,
+            self._keep,
+            self._max_pending,
+            keys.record,
+            keys.pending,
             how,
             f"u{user_id}",
             ACK_TIME_SAMPLES,
-            self._keep,
-            keys.record,
-            keys.pending,
-            *[member(tenant, id) for id in ids],
+        ]
+        resent, now = self._resent, self._seconds()
+        for id in ids:
+            name = member(tenant, id)
+            sent_at = resent[name].pop(user_id, None) if name in resent else None
+            words += (name, "" if sent_at is None else int((now - sent_at) * 1_000_000))
+
+        def confirmed(answer: list[int]) -> Any:
+            self._count_expired(answer[0])
+            return convert(answer[1:])
+
+        return self._redis.run(
+            self._confirm, (keys.stats, keys.order, keys.due, keys.times), words, confirmed
         )
-        return self._redis.run(self._confirm, (keys.stats, keys.times), args, convert)
 
     def report(self, tenant: str, notification_id: str) -> Awaitable[AckReport | None]:
         """See `AckLedger.report`."""
-        self._send_expected()
+        self._send_all_expected()
         key = self._keys.record + member(tenant, notification_id)
         return self._redis.command("HGETALL", key, convert=partial(_report, notification_id))
 
@@ -181,7 +243,7 @@ class RedisAckLedger:
         """See `AckLedger.expire`. Cancelled, it has done a part; of several nodes that do it, each
         counts its own.
         """
-        self._send_expected()
+        self._send_all_expected()
         keys = self._keys
         total = 0
         more = True
@@ -203,7 +265,7 @@ class RedisAckLedger:
 
     async def stats(self) -> AckStats:
         """See `AckLedger.stats`."""
-        self._send_expected()
+        self._send_all_expected()
         names = ("pending", "acknowledged", "expired", "total")
         figures, times = await asyncio.gather(
             self._redis.command("HMGET", self._keys.stats, *names),
