@@ -188,7 +188,7 @@ class Backends:
         settings, metrics = self._settings.ack, self._metrics
         ledger: AckLedger
         if self.redis is not None and settings.backend == "redis":
-            ledger = RedisAckLedger(
+            ledger = redis_ledger = RedisAckLedger(
                 self.redis,
                 self.redis_keys,
                 timeout_seconds=settings.timeout_seconds,
@@ -196,6 +196,7 @@ class Backends:
                 on_acknowledged=on_acknowledged,
                 on_expired=metrics.ack_expired_total.inc,
             )
+            self._closers.append(redis_ledger.aclose)
         elif self.postgres is not None and settings.backend == "postgres":
             ledger = postgres_ledger = PostgresAckLedger(
                 self.postgres,

@@ -37,7 +37,7 @@ READERS = 8
 keep the event loop for longer than these take."""
 
 LOOKS = 8
-"""So often what is on its way to a log is waited for, before what others hold is sent."""
+"""So often a log that something comes to is looked at again, before what others hold is sent."""
 
 _UNAVAILABLE = Page(())
 
@@ -266,8 +266,12 @@ class Replayer:
                 replayed += await self._send_what_was_on_its_way(connection)
                 identity = connection.identity
                 await self._writes.forget_confirmed((identity.tenant, identity.user_id))
-                if looks and self._has_something_on_its_way(connection):
+                if looks and self._may_lack_something(connection):
+                    # It was sent before what others hold.
                     looks -= 1
+                    if self._again[connection]:
+                        self._again[connection] = False
+                        replayed += await self._send_pages(connection, None)
                     continue
                 others, all_sent = self._send_others(connection)
                 replayed += others
@@ -286,10 +290,13 @@ class Replayer:
         self._confirmations.ask_replayed(connection)
         self._ask_patiently(connection)
 
-    def _has_something_on_its_way(self, connection: Connection) -> bool:
+    def _may_lack_something(self, connection: Connection) -> bool:
+        """Whether something came to the log since it was read, or is on its way there."""
+        if connection in self._without_store:
+            return False
         identity = connection.identity
         on_its_way = self._writes.on_its_way(identity.tenant, identity.user_id)
-        return on_its_way is not None and connection not in self._without_store
+        return self._again[connection] or on_its_way is not None
 
     async def _send_what_was_on_its_way(self, connection: Connection) -> int:
         """What was handed back and is being stored may be in no page yet, and nobody holds it any

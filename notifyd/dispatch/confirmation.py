@@ -324,7 +324,7 @@ class Confirmations:
 
     def _move_to_log(self, held: Held) -> None:
         identity = held.connections[0].identity
-        if self._settled_during_replay and held.notification.storable:
+        if self._settled_during_replay and self._logs is not None and held.notification.storable:
             self._note_moved(identity, held)
         self._leave_to_log(held)
         self._writes.give_back(
@@ -401,6 +401,8 @@ class Confirmations:
         """
         connections = self._registry.tenant(tenant).of_user(user_id)
         self._remember(tenant, user_id, ids)
+        if self._ledger is not None:
+            self._ledger.note_resent(tenant, ids)
         found = {id: self._settle_here(connections, id) for id in ids}
         self._writes.confirmed(tenant, user_id, ids)
         in_log = [id for id, held in found.items() if held is None or held.in_log]
@@ -436,6 +438,8 @@ class Confirmations:
         """
         self._to_ask.pop(connection, None)
         self._asked_early.discard(connection)
+        # It is in the log or on its way there, and nobody holds it.
+        self._moved_during_replay.pop(connection, None)
         connection.asked = None
         unconfirmed, connection.unconfirmed = connection.unconfirmed, None
         if not unconfirmed:
@@ -512,7 +516,8 @@ class Confirmations:
         async def with_elsewhere(
             pending: Awaitable[frozenset[str]], found: frozenset[str]
         ) -> frozenset[str]:
-            return await settled_value(in_ledger(found | await pending))
+            known.update(await pending)
+            return await settled_value(in_ledger(found | known))
 
         def in_ledger(found: frozenset[str]) -> Eventually[frozenset[str]]:
             ledger = self._ledger

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from time import perf_counter
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 from notifyd.cluster.messages import UserOutcome
 from notifyd.cluster.router import (
@@ -43,7 +43,7 @@ from notifyd.dispatch.targets import (
     resolve,
 )
 from notifyd.errors import Unavailable
-from notifyd.eventually import Eventually, and_then, is_awaitable, rescue, settled, then
+from notifyd.eventually import Eventually, and_then, is_awaitable, rescue, then
 from notifyd.metrics import Metrics
 from notifyd.notification import (
     MAX_NOTIFICATION_BYTES,
@@ -55,8 +55,6 @@ from notifyd.notification import (
 )
 from notifyd.queue.base import AckLedger, Rejection, UserLogs
 from notifyd.wire import Message, notification_message
-
-T = TypeVar("T")
 
 _BY_ONE = RecipientResult(Outcome.DELIVERED, 1)
 
@@ -540,7 +538,9 @@ class Dispatcher:
             )
 
         ahead = self._writes.go_before(tenant_name, user_ids)
-        return enqueue() if ahead is None else _behind(ahead, enqueue)
+        if ahead:
+            return self._writes.go_behind(tenant_name, user_ids, ahead, enqueue)
+        return enqueue()
 
     def _enqueued(
         self,
@@ -591,12 +591,14 @@ class Dispatcher:
         exclude: str | None,
         receipt: Callable[[str, dict[str, RecipientResult]], Receipt],
     ) -> Eventually[Receipt]:
-        """Store for every recipient, then send to those who were connected when it was asked for.
+        """Store for every recipient, then send to those who were connected when that began.
 
         Who connects meanwhile, or is replayed to, gets it from his log, in its order there.
         """
-        if (ahead := self._writes.go_before(tenant_name, user_ids)) is not None:
-            return _behind(
+        if ahead := self._writes.go_before(tenant_name, user_ids):
+            return self._writes.go_behind(
+                tenant_name,
+                user_ids,
                 ahead,
                 lambda: self._store_then_send_now(
                     tenant_name, user_ids, notification, exclude, receipt
@@ -701,8 +703,10 @@ class Dispatcher:
     ) -> Eventually[Receipt]:
         """`_store_then_send` for one user of the only node, all of whose connections may receive:
         by far the most common case."""
-        if (ahead := self._writes.go_before(tenant_name, (user_id,))) is not None:
-            return _behind(
+        if ahead := self._writes.go_before(tenant_name, (user_id,)):
+            return self._writes.go_behind(
+                tenant_name,
+                (user_id,),
                 ahead,
                 lambda: self._store_then_send_now(
                     tenant_name, (user_id,), notification, None, receipt_of_one
@@ -1025,11 +1029,6 @@ def _admitted(
             if connection.id == exclude:
                 connection.leave_out(notification.id)
     return admitted(connections, notification.audience, exclude)
-
-
-async def _behind(ahead: Awaitable[None], work: Callable[[], Eventually[T]]) -> T:
-    await ahead
-    return await settled(work())
 
 
 def _resolve(receipt: asyncio.Future[Receipt], work: Callable[[], Eventually[Receipt]]) -> None:

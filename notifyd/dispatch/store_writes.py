@@ -11,14 +11,15 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from notifyd.cluster.router import Waiting
 from notifyd.errors import Unavailable
-from notifyd.eventually import Eventually, is_awaitable
+from notifyd.eventually import Eventually, is_awaitable, retrieve, settled
 from notifyd.notification import Notification
 from notifyd.queue.base import AckLedger, Rejection, UserLogs
 
+T = TypeVar("T")
 UserKey = tuple[str, str]
 
 MAX_ON_THEIR_WAY = 5_000
@@ -45,10 +46,6 @@ def _nobody_told(
     tenant: str, user_id: str, *, before_live: bool = False, here: bool = True
 ) -> None:
     """Where nobody can be connected."""
-
-
-async def _ended(tasks: Iterable[asyncio.Task[None]]) -> None:
-    await asyncio.wait(tasks)
 
 
 def _forget_frames(error: Unavailable) -> None:
@@ -99,6 +96,8 @@ class StoreWrites:
         self._storing_tasks: dict[UserKey, asyncio.Task[None]] = {}
         self._on_their_way = 0
         self._in_line: dict[UserKey, None] = {}
+        # The last that waits to store something for them.
+        self._behind: dict[UserKey, asyncio.Future[None]] = {}
         self._failures = 0
         self._unsettled: dict[UserKey, dict[str, None]] = {}
         self._settling: dict[UserKey, list[Sequence[str]]] = {}
@@ -195,9 +194,9 @@ class StoreWrites:
                 # Before what came behind it meanwhile; and `retry` asks first what became of it.
                 self._keep_homeless(key, [*left, *self.take_homeless(*key)])
                 self._in_line.pop(key, None)
-        if returned:
-            self.on_returned(*key, here=replay)
-        self._let_the_next_go()
+            if returned:
+                self.on_returned(*key, here=replay)
+            self._let_the_next_go()
 
     def _let_the_next_go(self) -> None:
         """Store what waited for its turn, until that fails; then `retry` does."""
@@ -214,20 +213,22 @@ class StoreWrites:
                 break
         self._in_line.update(dict.fromkeys(later))
 
-    def go_before(self, tenant: str, users: Sequence[str]) -> Awaitable[None] | None:
+    def go_before(self, tenant: str, users: Sequence[str]) -> Sequence[asyncio.Future[None]]:
         """Something is about to be stored for these: what waits goes first, for it was sent before
         that. In a cluster, or while the store is away, only what waits for nothing but its turn: of
         what a store did not answer for, other nodes may know that it was confirmed, and `retry`
         asks them first.
 
-        Where something waits behind what is on its way, that is to be awaited; cancelling it stops
-        nothing.
+        Returns what has to be done first, where something waits behind what is on its way, or
+        somebody for that (`go_behind`).
         """
-        if not self._in_line and not self._homeless:
-            return None
-        ahead: list[asyncio.Task[None]] = []
+        if not (self._in_line or self._homeless or self._behind):
+            return ()
+        ahead: list[asyncio.Future[None]] = []
         for user_id in users:
             key = (tenant, user_id)
+            if key in self._behind:
+                ahead.append(self._behind[key])
             if key in self._storing:
                 if key in self._in_line:
                     ahead.append(self._storing_tasks[key])
@@ -237,7 +238,36 @@ class StoreWrites:
                 self._store_waiting(key)
             elif key in self._homeless and self.settle_confirmed is None and not self._is_away():
                 self._store_waiting(key)
-        return _ended(ahead) if ahead else None
+        return ahead
+
+    def go_behind(
+        self,
+        tenant: str,
+        users: Sequence[str],
+        ahead: Sequence[asyncio.Future[None]],
+        work: Callable[[], Eventually[T]],
+    ) -> asyncio.Future[T]:
+        """Begin `work`, which stores for these, when what `go_before` gave is done, and before what
+        is to be stored for them later."""
+        begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        keys = [(tenant, user_id) for user_id in users]
+        self._behind.update(dict.fromkeys(keys, begun))
+
+        async def begin() -> T:
+            try:
+                await asyncio.wait(ahead)
+                self.go_before(tenant, users)
+                value = work()
+            finally:
+                for key in keys:
+                    if self._behind.get(key) is begun:
+                        del self._behind[key]
+                begun.set_result(None)
+            return await settled(value)
+
+        task = asyncio.ensure_future(begin())
+        task.add_done_callback(retrieve)
+        return task
 
     def _store_waiting(self, key: UserKey) -> None:
         notifications = self.take_homeless(*key)

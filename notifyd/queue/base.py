@@ -147,6 +147,11 @@ class AckLedger(Protocol):
         later, and only where he has not confirmed it by then.
         """
 
+    def note_resent(self, tenant: str, ids: Sequence[str]) -> None:
+        """Note at once what `resent` left for later of these: another node is told that they are
+        confirmed, and will note that.
+        """
+
     def expect_anyone(self, tenant: str, notification_id: str) -> Eventually[None]:
         """One bounded entry for a notification that nobody in particular must ack."""
 

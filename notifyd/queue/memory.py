@@ -378,6 +378,9 @@ class MemoryAckLedger:
         """See `AckLedger.resent`."""
         self.expect_each(tenant, [(id, user_id) for id in ids])
 
+    def note_resent(self, tenant: str, ids: Sequence[str]) -> None:
+        """Nothing is left for later."""
+
     def expect_anyone(self, tenant: str, notification_id: str) -> None:
         """See `AckLedger.expect_anyone`."""
         key = (tenant, notification_id)

@@ -10,6 +10,7 @@ from websockets.exceptions import InvalidStatus
 
 from notifyd.connections.outbox import LINGER_FOR
 from notifyd.eventually import settled
+from notifyd.queue.redis_keys import member
 from tests.cluster.conftest import StartNodes, cluster_of
 from tests.front_door import WAIT, Host, Message, Transport, channel, token, until, user
 
@@ -257,6 +258,25 @@ async def test_what_is_stored_though_a_device_here_has_it_is_settled_with_its_ac
             pass
         assert (await here.ack(id))["type"] == "acked"
     assert (await nodes[0].get("/stats")).json()["queue"]["total_messages"] == 0
+
+
+async def test_what_one_node_replays_and_another_is_told_the_ack_of_is_confirmed(
+    nodes: list[Host],
+) -> None:
+    """The node that replays notes later that it did, where the ledger had forgotten of it."""
+    id = (await nodes[2].publish(user("anna")))["notification_id"]
+    keys = nodes[0].notifyd._backends.redis_keys.ledger
+    await cluster_of(nodes[0])._redis.command("DEL", keys.record + member("default", id))
+    anna = await nodes[0].websocket("anna", query="acks=1")
+    await anna.expect("notification")
+    header = {"Authorization": f"Bearer {token('anna')}"}
+    body = {"notification_ids": [id]}
+    answer = await nodes[1].post("/api/v1/acks", body, key=None, headers=header)
+    assert answer.json() == {"acked": [id], "refused": []}
+    report = (await nodes[2].get(f"/api/v1/notifications/{id}/acks")).json()
+    assert [(each["user_id"], each["state"]) for each in report["recipients"]] == [
+        ("anna", "confirmed")
+    ]
 
 
 async def test_connecting_and_enqueuing_race_and_nothing_is_lost(nodes: list[Host]) -> None:

@@ -242,6 +242,8 @@ class RedisBackend:
             clock=self.clock,
             on_acknowledged=self.told.on_acknowledged,
             on_expired=self.told.on_expired,
+            # What is confirmed in the same turn of the loop is noted with that.
+            resent_seconds=0,
         )
 
     async def idempotency_keys(

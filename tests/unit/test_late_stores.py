@@ -35,11 +35,15 @@ class LateLogs:
         self._waiting.append((name, lambda: answer.set_result(work())))
         return answer
 
-    async def answer(self, name: str) -> None:
-        """Answer the oldest call of this method, and let everybody who waited go on."""
+    def answer_now(self, name: str) -> None:
+        """Answer the oldest call of this method."""
         found = next(waiting for waiting in self._waiting if waiting[0] == name)
         self._waiting.remove(found)
         found[1]()
+
+    async def answer(self, name: str) -> None:
+        """Answer the oldest call of this method, and let everybody who waited go on."""
+        self.answer_now(name)
         await turns()
 
     def is_asked(self, name: str) -> bool:
@@ -312,6 +316,61 @@ async def test_what_a_replay_brought_goes_back_before_what_came_live_meanwhile()
     await late.logs.answer_all()
     again = await late.replayed()
     assert again == ids
+
+
+async def test_what_moved_and_was_acked_does_not_go_back_with_who_had_yet_to_get_it() -> None:
+    late = Late(max_pending=1)
+    other = await late.connected(acks=True)
+    moved = (await late.send()).notification_id
+    late.world.clock.now += 1
+    device = late.world.connect("u1", acks=True)
+    await turns()
+    live = (await late.send()).notification_id
+    await late.logs.answer("enqueue")
+    other.say("Ack", notification_id=moved)
+    await late.logs.answer("settle")
+    other.lose()
+    device.lose()
+    await late.logs.answer_all()
+    assert late.world.confirmations.held == 0
+    assert await late.replayed() == [live]
+
+
+async def test_what_a_device_gave_back_comes_before_what_another_holds() -> None:
+    """Also where it is stored before the replay looks what is on its way."""
+    late = Late()
+    queued = await late.sent()
+    ids = [queued]
+    first = late.world.connect("u1", acks=True)
+    other = late.world.connect("u1", acks=True)
+    await turns()
+    await late.logs.answer_all()
+    ids.append(await late.sent(exclude_connection=other.id))
+    late.world.clock.now += 1
+    ids.append(await late.sent())
+    device = late.world.connect("u1", acks=True)
+    await turns()
+    first.lose()
+    late.logs.answer_now("read")
+    await late.logs.answer("enqueue")
+    await late.logs.answer_all()
+    assert device.read_notifications() == ids
+
+
+async def test_those_who_wait_to_store_keep_their_order() -> None:
+    """Also where the second is for one of them alone, who waits for nothing himself."""
+    late = Late(store_first=True)
+    for _ in range(2):
+        late.world.writes.give_back("default", "u1", (a_notification(),))
+    both = late.send(to=Target("users", ("u1", "u2")))
+    one = late.send(to="u2")
+    await turns()
+    await late.logs.answer_all()
+    ids = [(await each).notification_id for each in (both, one)]
+    client = late.world.connect("u2", acks=True)
+    await turns()
+    await late.logs.answer_all()
+    assert client.read_notifications() == ids
 
 
 async def test_what_is_queued_waits_for_what_is_in_line_before_it() -> None:

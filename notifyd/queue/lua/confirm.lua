@@ -73,10 +73,10 @@ end
 for each = 10, #ARGV, 2 do
     answer[#answer + 1] = confirm(ARGV[each], tonumber(ARGV[each + 1]))
 end
+count(stats, 'pending', -confirmed)
 if expected then
     answer[1] = account_for_expected()
 end
-count(stats, 'pending', -confirmed)
 if acknowledged > 0 then
     count(stats, 'acknowledged', acknowledged)
     count(stats, 'total', total)

@@ -179,6 +179,9 @@ class PostgresAckLedger:
         """See `AckLedger.resent`. Raises Unavailable."""
         return self._expected(tenant, [(id, (user_id,)) for id in ids])
 
+    def note_resent(self, tenant: str, ids: Sequence[str]) -> None:
+        """Nothing is left for later."""
+
     def expect_anyone(self, tenant: str, notification_id: str) -> Awaitable[None]:
         """See `AckLedger.expect_anyone`. Raises Unavailable."""
         return self._expected(tenant, [(notification_id, None)])

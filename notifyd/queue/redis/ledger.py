@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
+
+import msgspec
 
 from notifyd.errors import Unavailable
 from notifyd.eventually import retrieve
@@ -23,6 +26,8 @@ RECIPIENTS_PER_CALL = 1000
 RESENT_SECONDS = 0.5
 """So long after it was replayed, what was not confirmed is noted as sent: as a rule it is confirmed
 before, and one note does."""
+
+PAGES_PER_TURN = 10
 SWEPT_PER_CALL = 500
 
 _STATES: Mapping[str, Literal["queued", "pending", "expired"]] = {
@@ -30,6 +35,16 @@ _STATES: Mapping[str, Literal["queued", "pending", "expired"]] = {
     "p": "pending",
     "x": "expired",
 }
+
+
+class _Resent(msgspec.Struct, gc=False):
+    """What was sent again to a user at once; `due` is when it is noted (the loop's time), and
+    `noted` is done then."""
+
+    due: float
+    user_id: str
+    names: list[str]
+    noted: asyncio.Future[None]
 
 
 class RedisAckLedger:
@@ -50,6 +65,7 @@ class RedisAckLedger:
         on_acknowledged: Callable[[float], None],
         on_expired: Callable[[int], None],
         clock: Clock | None = None,
+        resent_seconds: float = RESENT_SECONDS,
     ) -> None:
         self._redis = redis
         self._keys = keys.ledger
@@ -63,10 +79,12 @@ class RedisAckLedger:
         self._clock = clock
         self._expecting: list[Word] = []
         self._expected: asyncio.Future[None]
-        # What was sent again and is not noted yet: to whom, by the notification, and when.
+        # What was sent again and is not noted yet: to whom, by the notification, and when; and the
+        # pages that it came in.
         self._resent: dict[str, dict[str, float]] = {}
-        self._resent_noted: asyncio.Future[None] | None = None
-        self._resent_timer: asyncio.TimerHandle | None = None
+        self._pages: deque[_Resent] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._resent_seconds = resent_seconds
         self._expect = load_script("expect", "ledger", "expecting")
         self._confirm = load_script("confirm", "ledger", "expecting")
         self._sweep = load_script("sweep", "ledger")
@@ -91,44 +109,72 @@ class RedisAckLedger:
         return _nothing() if expected is None else expected
 
     def resent(self, tenant: str, user_id: str, ids: Sequence[str]) -> Awaitable[None]:
-        """See `AckLedger.resent`. What is confirmed within `RESENT_SECONDS` is noted with that."""
+        """See `AckLedger.resent`. What is confirmed within `resent_seconds` is noted with that."""
         loop = asyncio.get_running_loop()
-        noted = self._resent_noted
-        if noted is None:
-            noted = self._resent_noted = loop.create_future()
-            noted.add_done_callback(retrieve)
-            self._resent_timer = loop.call_later(RESENT_SECONDS, self._expect_resent)
+        names = [member(tenant, id) for id in ids]
         now = self._seconds()
-        for id in ids:
-            self._resent.setdefault(member(tenant, id), {})[user_id] = now
-        return noted
+        for name in names:
+            self._resent.setdefault(name, {})[user_id] = now
+        page = _Resent(loop.time() + self._resent_seconds, user_id, names, loop.create_future())
+        page.noted.add_done_callback(retrieve)
+        self._pages.append(page)
+        if self._timer is None:
+            self._timer = loop.call_at(page.due, self._expect_due)
+        return page.noted
 
     def _seconds(self) -> float:
         clock = self._clock
         return asyncio.get_running_loop().time() if clock is None else clock()
 
-    def _expect_resent(self) -> None:
-        """Expect what was sent again and is not confirmed yet; whoever waits for that is told."""
-        noted, self._resent_noted = self._resent_noted, None
-        if noted is None:
-            return
-        if self._resent_timer is not None:
-            self._resent_timer.cancel()
-        resent, self._resent = self._resent, {}
+    def _expect_due(self) -> None:
+        """Expect what was sent again and is not confirmed by now, not all of it in one turn."""
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for _ in range(PAGES_PER_TURN):
+            if not self._pages or self._pages[0].due > now:
+                break
+            self._expect_page(self._pages.popleft())
+        if self._pages:
+            self._timer = loop.call_at(self._pages[0].due, self._expect_due)
+
+    def _expect_page(self, page: _Resent) -> None:
         expected: asyncio.Future[None] | None = None
-        for name, users in resent.items():
-            if users:
-                expected = self._expect_some(name, "sent", tuple(users))
+        for name in page.names:
+            if page.user_id in self._resent.get(name, ()):
+                expected = self._expect_resent(name)
         if expected is not None:
-            expected.add_done_callback(partial(_hand_on, noted))
-        elif not noted.done():
-            noted.set_result(None)
+            expected.add_done_callback(partial(_hand_on, page.noted))
+        elif not page.noted.done():
+            page.noted.set_result(None)
+
+    def _expect_resent(self, name: str) -> asyncio.Future[None] | None:
+        """Expect what `resent` left for later of one notification."""
+        expected: asyncio.Future[None] | None = None
+        for user_id in self._resent.pop(name, ()):
+            expected = self._expect_some(name, "sent", (user_id,))
+        return expected
+
+    def note_resent(self, tenant: str, ids: Sequence[str]) -> None:
+        """See `AckLedger.note_resent`."""
+        if self._resent:
+            for id in ids:
+                self._expect_resent(member(tenant, id))
+
+    async def aclose(self) -> None:
+        """Send what is yet to be noted; Redis is still to be closed."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._pages:
+            self._expect_page(self._pages.popleft())
+        self._send_expected()
 
     def _expect_some(self, name: str, kind: str, recipients: Sequence[str]) -> asyncio.Future[None]:
         """All that one turn of the loop expects is one call, whose future all of them share."""
         if self._resent and name in self._resent:
             # In their order.
-            self._expect_resent()
+            self._expect_resent(name)
         expecting = self._expecting
         if expecting and len(expecting) + len(recipients) > RECIPIENTS_PER_CALL:
             self._send_expected()
@@ -141,11 +187,6 @@ class RedisAckLedger:
         expecting += (kind, name, len(recipients))
         expecting += [f"u{user_id}" for user_id in recipients]
         return self._expected
-
-    def _send_all_expected(self) -> None:
-        """Before what tells of it all."""
-        self._expect_resent()
-        self._send_expected()
 
     def _send_expected(self) -> None:
         """Send what this turn expects; before anything else that is about it."""
@@ -220,30 +261,43 @@ class RedisAckLedger:
             ACK_TIME_SAMPLES,
         ]
         resent, now = self._resent, self._seconds()
+        noted = []
         for id in ids:
             name = member(tenant, id)
-            sent_at = resent[name].pop(user_id, None) if name in resent else None
-            words += (name, "" if sent_at is None else int((now - sent_at) * 1_000_000))
+            sent_at = resent[name].get(user_id) if name in resent else None
+            if sent_at is None:
+                words += (name, "")
+            else:
+                words += (name, int((now - sent_at) * 1_000_000))
+                noted.append(name)
 
         def confirmed(answer: list[int]) -> Any:
             self._count_expired(answer[0])
             return convert(answer[1:])
 
-        return self._redis.run(
+        answer = self._redis.run(
             self._confirm, (keys.stats, keys.order, keys.due, keys.times), words, confirmed
         )
+        for name in noted:
+            users = resent[name]
+            users.pop(user_id, None)
+            if not users:
+                del resent[name]
+        return answer
 
     def report(self, tenant: str, notification_id: str) -> Awaitable[AckReport | None]:
         """See `AckLedger.report`."""
-        self._send_all_expected()
-        key = self._keys.record + member(tenant, notification_id)
+        name = member(tenant, notification_id)
+        self._expect_resent(name)
+        self._send_expected()
+        key = self._keys.record + name
         return self._redis.command("HGETALL", key, convert=partial(_report, notification_id))
 
     async def expire(self) -> int:
         """See `AckLedger.expire`. Cancelled, it has done a part; of several nodes that do it, each
         counts its own.
         """
-        self._send_all_expected()
+        self._send_expected()
         keys = self._keys
         total = 0
         more = True
@@ -265,7 +319,7 @@ class RedisAckLedger:
 
     async def stats(self) -> AckStats:
         """See `AckLedger.stats`."""
-        self._send_all_expected()
+        self._send_expected()
         names = ("pending", "acknowledged", "expired", "total")
         figures, times = await asyncio.gather(
             self._redis.command("HMGET", self._keys.stats, *names),
