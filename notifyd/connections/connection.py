@@ -240,8 +240,8 @@ class Connection:
         )
 
     def leave_to_log(self, notification_id: str, since: float) -> None:
-        """Remember of what is held no longer, though nothing was answered to this connection's ack,
-        that it was sent here at `since` (Unix seconds)."""
+        """Remember that it was sent here at `since` (Unix seconds), though it is held no longer:
+        the user's log alone has it, or an ack of it was in vain."""
         left = self.left_to_log
         if left is None:
             left = self.left_to_log = {}

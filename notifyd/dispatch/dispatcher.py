@@ -310,9 +310,17 @@ class Dispatcher:
     ) -> Eventually[Receipt]:
         if self._stores_first(notification):
             if self._cluster is None and exclude is None and notification.audience.type == "All":
-                return self._store_then_send_to_one(tenant_name, user_id, notification)
-            return self._store_then_send(
-                tenant_name, (user_id,), notification, exclude, receipt_of_one
+                return self._writes.in_turn(
+                    tenant_name,
+                    (user_id,),
+                    lambda: self._store_then_send_to_one(tenant_name, user_id, notification),
+                )
+            return self._writes.in_turn(
+                tenant_name,
+                (user_id,),
+                lambda: self._store_then_send(
+                    tenant_name, (user_id,), notification, exclude, receipt_of_one
+                ),
             )
         outcome, connections = Outcome.NOBODY, 0
         if user_id in tenant.users:
@@ -430,8 +438,12 @@ class Dispatcher:
     ) -> Eventually[Receipt]:
         if self._stores_first(notification):
             distinct = tuple(dict.fromkeys(user_ids))
-            return self._store_then_send(
-                tenant_name, distinct, notification, exclude, receipt_of_many
+            return self._writes.in_turn(
+                tenant_name,
+                distinct,
+                lambda: self._store_then_send(
+                    tenant_name, distinct, notification, exclude, receipt_of_many
+                ),
             )
         message = message or notification_message(notification)
         started = perf_counter()
@@ -537,10 +549,7 @@ class Dispatcher:
                 lambda rejections: self._enqueued(tenant_name, user_ids, notification, rejections),
             )
 
-        ahead = self._writes.go_before(tenant_name, user_ids)
-        if ahead:
-            return self._writes.go_behind(tenant_name, user_ids, ahead, enqueue)
-        return enqueue()
+        return self._writes.in_turn(tenant_name, user_ids, enqueue)
 
     def _enqueued(
         self,
@@ -595,25 +604,6 @@ class Dispatcher:
 
         Who connects meanwhile, or is replayed to, gets it from his log, in its order there.
         """
-        if ahead := self._writes.go_before(tenant_name, user_ids):
-            return self._writes.go_behind(
-                tenant_name,
-                user_ids,
-                ahead,
-                lambda: self._store_then_send_now(
-                    tenant_name, user_ids, notification, exclude, receipt
-                ),
-            )
-        return self._store_then_send_now(tenant_name, user_ids, notification, exclude, receipt)
-
-    def _store_then_send_now(
-        self,
-        tenant_name: str,
-        user_ids: Sequence[str],
-        notification: Notification,
-        exclude: str | None,
-        receipt: Callable[[str, dict[str, RecipientResult]], Receipt],
-    ) -> Eventually[Receipt]:
         message = notification_message(notification)
         tenant = self._registry.tenant(tenant_name)
         results: dict[str, RecipientResult] = {}
@@ -703,15 +693,6 @@ class Dispatcher:
     ) -> Eventually[Receipt]:
         """`_store_then_send` for one user of the only node, all of whose connections may receive:
         by far the most common case."""
-        if ahead := self._writes.go_before(tenant_name, (user_id,)):
-            return self._writes.go_behind(
-                tenant_name,
-                (user_id,),
-                ahead,
-                lambda: self._store_then_send_now(
-                    tenant_name, (user_id,), notification, None, receipt_of_one
-                ),
-            )
         logs = self._logs
         assert logs is not None  # noqa: S101  # for the type checker
         message = notification_message(notification)

@@ -220,7 +220,7 @@ class StoreWrites:
         asks them first.
 
         Returns what has to be done first, where something waits behind what is on its way, or
-        somebody for that (`go_behind`).
+        somebody for that (`in_turn`).
         """
         if not (self._in_line or self._homeless or self._behind):
             return ()
@@ -240,15 +240,21 @@ class StoreWrites:
                 self._store_waiting(key)
         return ahead
 
-    def go_behind(
+    def in_turn(
+        self, tenant: str, users: Sequence[str], work: Callable[[], Eventually[T]]
+    ) -> Eventually[T]:
+        """Do `work`, which stores for these, behind what was sent before (`go_before`), and before
+        what is to be stored for them later."""
+        ahead = self.go_before(tenant, users)
+        return self._begin_behind(tenant, users, ahead, work) if ahead else work()
+
+    def _begin_behind(
         self,
         tenant: str,
         users: Sequence[str],
         ahead: Sequence[asyncio.Future[None]],
         work: Callable[[], Eventually[T]],
     ) -> asyncio.Future[T]:
-        """Begin `work`, which stores for these, when what `go_before` gave is done, and before what
-        is to be stored for them later."""
         begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         keys = [(tenant, user_id) for user_id in users]
         self._behind.update(dict.fromkeys(keys, begun))

@@ -367,6 +367,15 @@ class TestMany:
         assert await states(ledger, SECOND) == {"ann": "pending"}
         assert (await stats(ledger)).pending == 1
 
+    async def test_what_was_sent_again_may_be_named_twice(self, backend: Backend) -> None:
+        ledger = await backend.ledger()
+        await expect(ledger, FIRST, "ann", queued=True)
+        noted = ledger.resent("acme", "ann", [FIRST])
+        await confirm(ledger, "ann", FIRST, FIRST)
+        await settled(noted)
+        assert await states(ledger, FIRST) == {"ann": "confirmed"}
+        assert (await stats(ledger)).pending == 0
+
     async def test_what_returned_to_the_queue_after_it_was_sent_again_is_queued(
         self, backend: Backend
     ) -> None:

@@ -279,10 +279,11 @@ class RedisAckLedger:
             self._confirm, (keys.stats, keys.order, keys.due, keys.times), words, confirmed
         )
         for name in noted:
-            users = resent[name]
-            users.pop(user_id, None)
-            if not users:
-                del resent[name]
+            # A second time where an id is named twice.
+            if (users := resent.get(name)) is not None:
+                users.pop(user_id, None)
+                if not users:
+                    del resent[name]
         return answer
 
     def report(self, tenant: str, notification_id: str) -> Awaitable[AckReport | None]:
